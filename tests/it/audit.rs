@@ -19,14 +19,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ccsqm_gateway::sandbox::{Received, Sandbox};
+use ccsqm_gateway::sandbox::{ConnectionFault, Fault, Faults, Framing, Instead, Received, Sandbox};
 use serde_json::{Value, json};
 
 use crate::support::*;
-
-pub(crate) fn faults(sandbox: &Sandbox, script: Value) {
-    sandbox.faults(serde_json::from_value(script).unwrap()).unwrap();
-}
 
 /// `audit verify`: whether the trail is whole, and what it says.
 pub(crate) fn verify(directory: &Path) -> (bool, String) {
@@ -111,16 +107,12 @@ impl Load {
 /// The upstream holds two connections without reading, two requests without answering, and two in the middle
 /// of its answer. What is not held is answered at once.
 fn hold_some(sandbox: &Sandbox) {
-    faults(
-        sandbox,
-        json!({
-            "connections": [{ "after": 1, "times": 2, "delay_ms": 60_000, "instead": "hang" }],
-            "business": [
-                { "after": 8, "times": 2, "delay_ms": 60_000 },
-                { "after": 12, "times": 2, "framing": { "slow_body_ms": 500 } },
-            ],
-        }),
-    );
+    let connection = ConnectionFault { times: Some(2), after: 1, delay_ms: 60_000, instead: Instead::Hang };
+    let business = vec![
+        Fault::delayed(60_000).after(8).times(2),
+        Fault::framing(Framing::SlowBody(500)).after(12).times(2),
+    ];
+    script(sandbox, Faults { connections: vec![connection], business, ..Faults::default() });
 }
 
 /// Tasks that the sandbox received, whole or not.
@@ -266,7 +258,7 @@ fn audit_commands_support_text_and_json_output() {
     );
     assert_eq!((run("verify").0, run("in-doubt")), (0, (0, "0 in doubt\n".into(), String::new())));
 
-    faults(&sandbox, json!({ "business": [{ "delay_ms": 60_000 }] }));
+    script(&sandbox, Faults::business(Fault::delayed(60_000)));
     let mut caller = TcpStream::connect(gateway.address).unwrap();
     caller.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
     wait_for("the request", || (sandbox.requests().len() == 2).then_some(()));
@@ -434,7 +426,7 @@ fn assert_resumed(gateway: &Gateway, sandbox: &Sandbox) {
 fn assert_outage(gateway: &Gateway, sandbox: &Sandbox, begin: impl FnOnce(), end: impl FnOnce()) {
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
     assert_eq!(gateway.admin("/readyz").status, 200, "the control");
-    faults(sandbox, json!({ "business": [{ "times": 1, "delay_ms": 5_000 }] }));
+    script(sandbox, Faults::business(Fault::delayed(5_000).times(1)));
     let before = sandbox.requests().len();
     let mut in_flight = TcpStream::connect(gateway.address).unwrap();
     in_flight.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
@@ -471,7 +463,7 @@ fn full_disk_rejects_new_requests_and_delays_no_reply() {
     let gateway = start_with(&sandbox, Setup { through, ..Setup::default() });
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
     assert_eq!(gateway.admin("/readyz").status, 200, "the control");
-    faults(&sandbox, json!({ "business": [{ "times": 1, "delay_ms": 2_000 }] }));
+    script(&sandbox, Faults::business(Fault::delayed(2_000).times(1)));
     let mut in_flight = TcpStream::connect(gateway.address).unwrap();
     in_flight.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
     wait_for("the request", || (sandbox.requests().len() == 2).then_some(()));
@@ -692,7 +684,7 @@ fn full_file_system_keeps_outcomes_of_sent_calls_and_sends_no_more() {
         let setup = setup().set("upstream.max_connections", 2 * IN_FLIGHT);
         let gateway = start_with(&sandbox, Setup { folder: Some(folder), ..setup });
         assert_eq!(gateway.call().outcome(), "succeeded", "the control");
-        faults(&sandbox, json!({ "business": [{ "times": IN_FLIGHT, "delay_ms": 4_000 }] }));
+        script(&sandbox, Faults::business(Fault::delayed(4_000).times(IN_FLIGHT as u64)));
         let mut in_flight: Vec<_> = (0..IN_FLIGHT)
             .map(|_| {
                 let mut stream = TcpStream::connect(gateway.address).unwrap();
@@ -954,7 +946,7 @@ fn early_rejection_of_a_caller_is_recorded_under_its_name() {
         }
     }
     let silent = [Ipv4Addr::LOCALHOST, stranger].map(|source| connect_from(source, gateway.address));
-    faults(&sandbox, json!({ "business": [{ "delay_ms": 2000 }] }));
+    script(&sandbox, Faults::business(Fault::delayed(2000)));
     let sent = sandbox.requests().len();
     thread::scope(|scope| {
         let held = scope.spawn(|| gateway.call());

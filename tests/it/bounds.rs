@@ -7,17 +7,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ccsqm_gateway::sandbox::Sandbox;
-use serde_json::{Value, json};
+use ccsqm_gateway::sandbox::{ConnectionFault, Fault, Faults, Framing, Instead};
+use serde_json::json;
 
 use crate::{
     exchange::{WAYS, leave_by, secure_sandbox},
     support::*,
 };
-
-fn script(sandbox: &Sandbox, faults: Value) {
-    sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
-}
 
 /// Runs something that must end in its time, with a margin of four.
 fn within<T>(promised: Duration, what: impl FnOnce() -> T) -> T {
@@ -112,7 +108,7 @@ fn body_over_max_body_is_rejected_in_any_framing() {
 #[test]
 fn request_waits_for_a_token_no_longer_than_token_wait() {
     let sandbox = sandbox();
-    script(&sandbox, json!({ "token": [{ "instead": "hang", "times": 1 }] }));
+    script(&sandbox, Faults::token(Fault::instead(Instead::Hang).times(1)));
     let gateway =
         start_with(&sandbox, Setup::default().set("token.wait", "400ms").set("token.timeout", "2s"));
     let reply = within(Duration::from_millis(400), || gateway.call());
@@ -129,7 +125,8 @@ fn request_waits_for_a_token_no_longer_than_token_wait() {
 fn hanging_upstream_handshake_times_out_with_nothing_sent() {
     let (secure, setup) = secure_sandbox();
     let gateway = start_with(&secure, setup.set("upstream.connect_timeout", "400ms"));
-    script(&secure, json!({ "connections": [{ "instead": "hang", "times": 1 }] }));
+    let fault = ConnectionFault { times: Some(1), after: 0, delay_ms: 0, instead: Instead::Hang };
+    script(&secure, Faults { connections: vec![fault], ..Faults::default() });
     let reply = within(Duration::from_millis(400), || gateway.call());
     assert_eq!((reply.status, reply.code(), reply.outcome()), (502, "upstream_unreachable", "not_sent"));
     assert_eq!(gateway.records("refusal", 1)[0]["code"], "upstream_unreachable");
@@ -142,11 +139,11 @@ fn unreachable_upstream_is_reported_at_once_with_nothing_sent() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
-    script(&sandbox, json!({ "down": true }));
+    script(&sandbox, Faults { down: true, ..Faults::default() });
     wait_for("the end of open connections", || (sandbox.connections().open == 0).then_some(()));
     let reply = gateway.call();
     assert_eq!((reply.status, reply.code(), reply.outcome()), (502, "upstream_unreachable", "not_sent"));
-    script(&sandbox, json!({}));
+    script(&sandbox, Faults::default());
     assert_eq!(gateway.call().outcome(), "succeeded");
     assert_eq!((sandbox.requests().len(), gateway.records("intent", 2).len()), (2, 2));
 }
@@ -171,7 +168,7 @@ fn requests_over_max_in_flight_get_503_until_one_finishes() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup::default().set("server.max_in_flight", 2));
     assert_eq!(gateway.call().outcome(), "succeeded");
-    script(&sandbox, json!({ "business": [{ "delay_ms": 1500 }] }));
+    script(&sandbox, Faults::business(Fault::delayed(1500)));
     thread::scope(|scope| {
         let held: Vec<_> = (0..2).map(|_| scope.spawn(|| gateway.call())).collect();
         wait_for("two in flight", || (sandbox.requests().len() == 3).then_some(()));
@@ -183,7 +180,7 @@ fn requests_over_max_in_flight_get_503_until_one_finishes() {
         }
     });
     assert_eq!(sandbox.requests().len(), 3);
-    script(&sandbox, json!({}));
+    script(&sandbox, Faults::default());
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
 }
 
@@ -199,7 +196,7 @@ fn upstream_connections_stay_under_their_cap_with_a_bounded_wait() {
             calls.into_iter().map(|call| call.join().unwrap()).collect()
         })
     };
-    script(&sandbox, json!({ "business": [{ "delay_ms": 1500 }] }));
+    script(&sandbox, Faults::business(Fault::delayed(1500)));
     let gateway = start_with(&sandbox, capped("300ms"));
     let replies = together(&gateway);
     let (served, refused): (Vec<_>, Vec<_>) =
@@ -210,7 +207,7 @@ fn upstream_connections_stay_under_their_cap_with_a_bounded_wait() {
         assert_eq!((reply.status, reply.code(), reply.outcome()), (503, "overloaded", "not_sent"));
     }
     assert_eq!(sandbox.requests().len(), served.len());
-    script(&sandbox, json!({ "business": [{ "delay_ms": 50 }] }));
+    script(&sandbox, Faults::business(Fault::delayed(50)));
     let gateway = start_with(&sandbox, capped("5s"));
     assert!(together(&gateway).iter().all(|reply| reply.outcome() == "succeeded"), "who waits is served");
     assert!(metric(&gateway, "upstream_connects_total{result=\"ok\"} "), "it is counted");
@@ -325,7 +322,7 @@ fn oversized_or_invalid_head_is_rejected_and_counted() {
 fn caller_that_does_not_read_loses_only_its_connection() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup::default().set("server.idle_timeout", "500ms"));
-    script(&sandbox, json!({ "business": [{ "size": 30_000_000, "times": 1 }] }));
+    script(&sandbox, Faults::business(Fault::sized(30_000_000).times(1)));
     let mut stream = TcpStream::connect(gateway.address).unwrap();
     stream.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
     wait_for("the connection's end", || {
@@ -342,7 +339,7 @@ fn slow_long_reply_is_not_treated_as_an_idle_connection() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup::default().set("server.idle_timeout", "1s"));
     // 64 KiB at once would decide; the rest comes as slowly as the caller reads it.
-    script(&sandbox, json!({ "business": [{ "size": 20_000_000 }] }));
+    script(&sandbox, Faults::business(Fault::sized(20_000_000)));
     let mut stream = TcpStream::connect(gateway.address).unwrap();
     stream.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
     let (begin, mut read, mut piece) = (Instant::now(), 0, vec![0; 256 * 1024]);
@@ -364,7 +361,7 @@ fn caller_that_reads_a_long_reply_too_slowly_sees_it_aborted() {
     // Long enough for a busy machine to read the part that decides.
     let slow = Setup::default().set("upstream.timeout", "4s");
     let gateway = start_with(&sandbox, slow);
-    script(&sandbox, json!({ "business": [{ "size": 30_000_000, "framing": "chunked" }] }));
+    script(&sandbox, Faults::business(Fault { size: Some(30_000_000), ..Fault::framing(Framing::Chunked) }));
     let mut stream = TcpStream::connect(gateway.address).unwrap();
     stream.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
     let record = &gateway.records("outcome", 1)[0];
@@ -389,7 +386,7 @@ fn leave(gateway: &Gateway, way: &str, waits: impl Fn() -> bool) -> Option<Reply
 fn caller_disconnect_while_waiting_for_a_token_sends_nothing() {
     for way in WAYS {
         let sandbox = sandbox();
-        script(&sandbox, json!({ "token": [{ "delay_ms": 1500, "times": 1 }] }));
+        script(&sandbox, Faults::token(Fault::delayed(1500).times(1)));
         let gateway = start(&sandbox);
         thread::scope(|scope| {
             let stays = scope.spawn(|| gateway.call());
@@ -417,7 +414,8 @@ fn caller_disconnect_while_waiting_for_a_connection_sends_nothing() {
         let gateway = start_with(&secure, setup);
         wait_for("the token", || (gateway.admin("/readyz").status == 200).then_some(()));
         // The handshake waits for a second, then fails: the request is refused in any case.
-        script(&secure, json!({ "connections": [{ "instead": "close", "delay_ms": 1000, "times": 1 }] }));
+        let fault = ConnectionFault { times: Some(1), after: 0, delay_ms: 1000, instead: Instead::Close };
+        script(&secure, Faults { connections: vec![fault], ..Faults::default() });
         let before = secure.connections().accepted;
         if let Some(reply) = leave(&gateway, way, || secure.connections().accepted > before) {
             assert_eq!((reply.status, reply.code(), reply.outcome()), (503, "caller_left", "not_sent"));
@@ -432,7 +430,7 @@ fn caller_disconnect_while_waiting_for_a_connection_sends_nothing() {
 #[test]
 fn half_closed_caller_may_wait_for_its_reply() {
     let sandbox = sandbox();
-    script(&sandbox, json!({ "token": [{ "delay_ms": 800, "times": 1 }] }));
+    script(&sandbox, Faults::token(Fault::delayed(800).times(1)));
     let gateway = start(&sandbox);
     let keep = head(BODY.len(), "").replace("connection: close\r\n", "");
     assert_eq!(gateway.send_and_finish(&keep, BODY).outcome(), "succeeded");

@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use ccsqm_gateway::sandbox::{Fault, Faults};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer,
     ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType,
@@ -428,8 +429,7 @@ fn world_writable_revocation_list_is_not_reloaded() {
 fn caller_disconnect_over_tls_while_waiting_sends_nothing() {
     for says_so in [true, false] {
         let (sandbox, ca) = (sandbox(), Ca::new());
-        let faults = serde_json::json!({ "token": [{ "delay_ms": 1500, "times": 1 }] });
-        sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
+        script(&sandbox, Faults::token(Fault::delayed(1500).times(1)));
         let gateway = start_with_certificates(&sandbox, &ca, &ca.revoke(&[], 2124));
         let caller = ca.issue(CALLER);
         std::thread::scope(|scope| {
@@ -485,8 +485,7 @@ fn tls_connection_buffers_little_after_its_request() {
     const CONNECTIONS: usize = 40; // the burst of a caller
     let each_takes = |behind: usize| {
         let (sandbox, ca) = (sandbox(), Ca::new());
-        let faults = serde_json::json!({ "business": [{ "delay_ms": 8000 }] });
-        sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
+        script(&sandbox, Faults::business(Fault::delayed(8000)));
         let setup =
             Setup::default().set("upstream.max_connections", 2 * CONNECTIONS).set("server.max_head", "8KiB");
         let gateway = start_with_certificates_and(&sandbox, &ca, &ca.revoke(&[], 2124), setup);
@@ -565,8 +564,7 @@ fn only_frozen_callers_and_routes_are_rejected() {
 fn caller_disconnect_over_tls_before_a_success_is_detected() {
     for says_so in [true, false] {
         let (sandbox, ca) = (sandbox(), Ca::new());
-        let faults = serde_json::json!({ "business": [{ "delay_ms": 500, "times": 1 }] });
-        sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
+        script(&sandbox, Faults::business(Fault::delayed(500).times(1)));
         let guarded = Setup::default().set("idempotency.without_key", "guard");
         let gateway = start_with_certificates_and(&sandbox, &ca, &ca.revoke(&[], 2124), guarded);
         let caller = ca.issue(CALLER);

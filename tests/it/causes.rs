@@ -13,7 +13,7 @@ use std::{
 
 use ccsqm_gateway::{
     model::cause::Cause,
-    sandbox::{Options, Sandbox},
+    sandbox::{Fault, Faults, Framing, Instead, Options, Sandbox},
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -76,13 +76,13 @@ fn elsewhere(side: Side, setup: Setup, url: String) -> Setup {
 }
 
 /// A fault of the sandbox, on one side.
-fn fault(side: Side, fault: Value) -> Broken {
+fn fault(side: Side, fault: Fault) -> Broken {
     broken(side, |sandbox, setup| {
         let faults = match side {
-            Business => json!({ "business": [fault] }),
-            Token => json!({ "token": [fault] }),
+            Business => Faults::business(fault),
+            Token => Faults::token(fault),
         };
-        sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
+        script(sandbox, faults);
         setup
     })
 }
@@ -193,10 +193,10 @@ const ROWS: &[Row] = &[
     Row { side: Token, cause: Cause::Refused, start: || at(Token, format!("http://{}", free())) },
     // A connection to a group of machines there cannot be.
     Row { side: Business, cause: Cause::Unreachable, start: || at(Business, "https://224.0.0.1".into()) },
-    Row { side: Business, cause: Cause::Timeout, start: || fault(Business, json!({ "instead": "hang" })) },
-    Row { side: Token, cause: Cause::Timeout, start: || fault(Token, json!({ "instead": "hang" })) },
-    Row { side: Business, cause: Cause::Reset, start: || fault(Business, json!({ "instead": "reset" })) },
-    Row { side: Token, cause: Cause::Reset, start: || fault(Token, json!({ "instead": "reset" })) },
+    Row { side: Business, cause: Cause::Timeout, start: || fault(Business, Fault::instead(Instead::Hang)) },
+    Row { side: Token, cause: Cause::Timeout, start: || fault(Token, Fault::instead(Instead::Hang)) },
+    Row { side: Business, cause: Cause::Reset, start: || fault(Business, Fault::instead(Instead::Reset)) },
+    Row { side: Token, cause: Cause::Reset, start: || fault(Token, Fault::instead(Instead::Reset)) },
     Row { side: Business, cause: Cause::Local, start: || at(Business, format!("http://{}", free())) },
     Row {
         side: Business,
@@ -260,29 +260,29 @@ const ROWS: &[Row] = &[
     Row {
         side: Business,
         cause: Cause::ReplyUnreadable,
-        start: || fault(Business, json!({ "instead": "garbage" })),
+        start: || fault(Business, Fault::instead(Instead::Garbage)),
     },
     Row {
         side: Token,
         cause: Cause::ReplyUnreadable,
-        start: || fault(Token, json!({ "instead": "garbage" })),
+        start: || fault(Token, Fault::instead(Instead::Garbage)),
     },
     Row {
         side: Business,
         cause: Cause::ReplyCut,
-        start: || fault(Business, json!({ "framing": "half_body" })),
+        start: || fault(Business, Fault::framing(Framing::HalfBody)),
     },
     Row {
         side: Business,
         cause: Cause::ReplyCut,
-        start: || fault(Business, json!({ "framing": "half_head" })),
+        start: || fault(Business, Fault::framing(Framing::HalfHead)),
     },
-    Row { side: Token, cause: Cause::ReplyCut, start: || fault(Token, json!({ "framing": "half_body" })) },
-    Row { side: Business, cause: Cause::ReplyStatus, start: || fault(Business, json!({ "status": 503 })) },
-    Row { side: Business, cause: Cause::TokenRejected, start: || fault(Business, json!({ "status": 401 })) },
-    Row { side: Token, cause: Cause::TokenRefused, start: || fault(Token, json!({ "status": 401 })) },
-    Row { side: Token, cause: Cause::TokenStatus, start: || fault(Token, json!({ "status": 500 })) },
-    Row { side: Token, cause: Cause::TokenUnreadable, start: || fault(Token, json!({ "body": "<html>" })) },
+    Row { side: Token, cause: Cause::ReplyCut, start: || fault(Token, Fault::framing(Framing::HalfBody)) },
+    Row { side: Business, cause: Cause::ReplyStatus, start: || fault(Business, Fault::status(503)) },
+    Row { side: Business, cause: Cause::TokenRejected, start: || fault(Business, Fault::status(401)) },
+    Row { side: Token, cause: Cause::TokenRefused, start: || fault(Token, Fault::status(401)) },
+    Row { side: Token, cause: Cause::TokenStatus, start: || fault(Token, Fault::status(500)) },
+    Row { side: Token, cause: Cause::TokenUnreadable, start: || fault(Token, Fault::body("<html>")) },
 ];
 
 /// A call over a connection that is open already, while the process may open no other.
@@ -486,13 +486,11 @@ fn failed_caller_handshake_reports_its_cause_and_certificate_names() {
 
 #[test]
 fn refused_token_without_a_successor_has_the_cause_of_the_fetch() {
-    for (fault, cause) in [
-        (json!({ "after": 1, "status": 500 }), "token_status"),
-        (json!({ "after": 1, "instead": "reset" }), "reset"),
-    ] {
+    for (fault, cause) in
+        [(Fault::status(500).after(1), "token_status"), (Fault::instead(Instead::Reset).after(1), "reset")]
+    {
         let sandbox = sandbox();
-        let faults = json!({ "business": [{ "times": 1, "status": 401 }], "token": [fault] });
-        sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
+        script(&sandbox, Faults { token: vec![fault], ..Faults::business(Fault::status(401).times(1)) });
         let gateway = start(&sandbox);
         let reply = gateway.call();
         let said = (reply.status, reply.code(), reply.outcome());
@@ -569,7 +567,7 @@ fn readme_lists_every_failure_cause() {
 #[test]
 fn upstream_error_text_that_quotes_a_sent_token_is_withheld() {
     let sandbox = sandbox();
-    sandbox.faults(serde_json::from_value(json!({ "lifetime_ms": 6_000 })).unwrap()).unwrap();
+    script(&sandbox, Faults { lifetime_ms: Some(6_000), ..Faults::default() });
     // What the upstream says, once it may.
     let says = Arc::new(Mutex::new(None::<String>));
     let upstream = Upstream::start({
@@ -622,8 +620,7 @@ fn upstream_error_text_that_quotes_a_sent_token_is_withheld() {
 #[test]
 fn ended_failure_reports_when_it_ended() {
     let sandbox = sandbox();
-    let faults = |faults| sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
-    faults(json!({ "business": [{ "times": 1, "instead": "garbage" }] }));
+    script(&sandbox, Faults::business(Fault::instead(Instead::Garbage).times(1)));
     let gateway = start(&sandbox);
     let last = || gateway.admin("/status").json()["upstream"]["last_error"].take();
     assert!(last().is_null(), "none yet");

@@ -5,9 +5,9 @@ use std::{fs, path::PathBuf, process::Command, sync::Arc, sync::LazyLock};
 use ccsqm_gateway::{
     audit::chain::{Link, OPEN_LINKS, key_path},
     keyed_hash::{Keys, parse_hex},
-    sandbox::Sandbox,
+    sandbox::{Fault, Faults, Instead, Sandbox},
 };
-use serde_json::{Value, json};
+use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{
@@ -103,8 +103,7 @@ impl Machine {
 
     /// A call with a key of whose outcome nobody knows.
     fn lose(&mut self, gateway: &Gateway, name: &str) {
-        let lost = json!({ "business": [{ "times": 1, "instead": "reset" }] });
-        self.sandbox.faults(serde_json::from_value(lost).unwrap()).unwrap();
+        script(&self.sandbox, Faults::business(Fault::instead(Instead::Reset).times(1)));
         assert_eq!(sent(gateway, name).outcome(), "unknown", "{name}");
         self.sent += 1;
     }

@@ -1,15 +1,11 @@
 //! Dry runs: all that could refuse a request is asked, nothing is sent, spent or remembered.
 
-use ccsqm_gateway::sandbox::{Options, Sandbox};
+use ccsqm_gateway::sandbox::{Faults, Options};
 use serde_json::{Value, json};
 
 use crate::{idempotency::until_keys_are_known, support::*};
 
 const DRY: &str = "/.gateway/dry-run";
-
-fn script(sandbox: &Sandbox, faults: Value) {
-    sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
-}
 
 /// A request as it would be sent for good, but with another path.
 fn rehearse(gateway: &Gateway, headers: &str, body: &str) -> Reply {
@@ -83,7 +79,7 @@ fn dry_run_is_rejected_like_the_real_request() {
         assert_eq!(reply.code(), code, "{line}");
     }
     sandbox.revoke();
-    script(&sandbox, json!({ "token_down": true }));
+    script(&sandbox, Faults { token_down: true, ..Faults::default() });
     let setup = Setup::default().set("token.wait", "100ms");
     let poor = start_with(&sandbox, setup);
     assert_eq!(rehearse(&poor, "", BODY).code(), "token_unavailable");

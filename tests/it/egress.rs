@@ -13,13 +13,12 @@ use std::{
     time::Duration,
 };
 
-use ccsqm_gateway::sandbox::Sandbox;
+use ccsqm_gateway::sandbox::{Fault, Faults, Sandbox};
 use rustls::{
     RootCertStore, ServerConfig,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
     server::WebPkiClientVerifier,
 };
-use serde_json::json;
 use tempfile::TempDir;
 use tokio::{io::copy_bidirectional, net, runtime::Builder};
 
@@ -344,8 +343,7 @@ fn wrong_proxy_password_is_sent_once_and_the_right_one_at_once() {
         let (folder, plain) = (setup.folder.clone().unwrap(), sandbox());
         let setup = if for_tokens { setup } else { with_other_tokens(setup, &plain) };
         // The upstream takes those of elsewhere, too.
-        let faults = json!({ "business": [{ "body": SUCCESS }] });
-        secure.faults(serde_json::from_value(faults).unwrap()).unwrap();
+        script(&secure, Faults::business(Fault::body(SUCCESS)));
         let proxy = guarded_proxy("Proxy-Authenticate: Basic realm=\"egress\"\r\n");
         let setup = setup.set("upstream.proxy", proxy.url()).set("token.wait", "500ms");
         let gateway = start_with(&secure, with_login(setup, "wrong-password-of-the-gateway"));
@@ -378,8 +376,7 @@ fn wrong_proxy_password_is_sent_once_and_the_right_one_at_once() {
 fn with_password(proxy: &Proxy, password: &str, connect_timeout: &str) -> (Gateway, [Sandbox; 2]) {
     let (secure, setup) = secure_sandbox();
     let plain = sandbox();
-    let faults = json!({ "business": [{ "body": SUCCESS }] });
-    secure.faults(serde_json::from_value(faults).unwrap()).unwrap();
+    script(&secure, Faults::business(Fault::body(SUCCESS)));
     let setup = with_other_tokens(setup, &plain).set("upstream.proxy", proxy.url());
     // Each call needs a connection of its own.
     let setup = setup.set("upstream.idle_timeout", "10ms").set("upstream.connect_timeout", connect_timeout);
@@ -799,8 +796,7 @@ fn call_while(roots: Roots, gateway: &Gateway, secure: &Sandbox, gate: &Gate) ->
 fn changed_roots_keep_a_new_token_off_the_old_connection() {
     for roots in Roots::ALL {
         let (secure, setup) = secure_sandbox();
-        let faults = json!({ "business": [{ "status": 401, "times": 1 }, { "body": SUCCESS }] });
-        secure.faults(serde_json::from_value(faults).unwrap()).unwrap();
+        script(&secure, Faults::business([Fault::status(401).times(1), Fault::body(SUCCESS)]));
         // Tokens come from where no roots are asked for.
         let tokens = sandbox();
         let gate = Gate::before(&tokens.token_url());

@@ -6,29 +6,29 @@ use std::{
     time::Duration,
 };
 
-use ccsqm_gateway::sandbox::{Options, Sandbox, Tls};
-use serde_json::{Value, json};
+use ccsqm_gateway::sandbox::{Code, Fault, Faults, Framing, Instead, Options, Sandbox, Then, Tls};
+use serde_json::json;
 
 use crate::support::*;
 
-fn fault(sandbox: &Sandbox, fault: Value) {
-    sandbox.faults(serde_json::from_value(json!({ "business": [fault] })).unwrap()).unwrap();
+fn fault(sandbox: &Sandbox, fault: Fault) {
+    script(sandbox, Faults::business(fault));
 }
 
 /// A script for business calls, and what it must lead to: the caller's status and outcome, how often the
 /// upstream was asked, how often the token endpoint was.
-type Row = (Value, u16, &'static str, usize, usize);
+type Row = (Vec<Fault>, u16, &'static str, usize, usize);
 
-fn status(status: u16) -> Value {
-    json!([{ "status": status, "headers": [["Retry-After", "7"], ["Location", "/elsewhere"]] }])
+fn status(status: u16) -> Vec<Fault> {
+    vec![Fault::status(status).with_header("Retry-After", "7").with_header("Location", "/elsewhere")]
 }
 
-fn body(status: u16, content_type: &str, body: &str) -> Value {
-    json!([{ "status": status, "content_type": content_type, "body": body }])
+fn body(status: u16, content_type: &str, body: &str) -> Vec<Fault> {
+    vec![Fault { content_type: Some(content_type.to_owned()), ..Fault::status(status).with_body(body) }]
 }
 
-fn code(code: Value) -> Value {
-    json!([{ "code": code }])
+fn code(code: Code) -> Vec<Fault> {
+    vec![Fault::code(code)]
 }
 
 /// Every row of the classification of statuses.
@@ -51,13 +51,13 @@ fn answers() -> Vec<Row> {
     let html = "<html>Bad gateway</html>";
     let coded = r#"{"resultCode":"0409000"}"#;
     vec![
-        (json!([]), 200, "succeeded", 1, 0),
-        (code(json!("unquoted")), 200, "succeeded", 1, 0),
-        (code(json!("numeric")), 200, "succeeded", 1, 0),
-        (code(json!({ "failure": "0409001" })), 200, "failed", 1, 0),
-        (code(json!("absent")), 200, "unknown", 1, 0),
-        (code(json!({ "two": ["0409000", "0409001"] })), 200, "unknown", 1, 0),
-        (code(json!({ "two": ["0409000", "0409000"] })), 200, "unknown", 1, 0),
+        (vec![], 200, "succeeded", 1, 0),
+        (code(Code::Unquoted), 200, "succeeded", 1, 0),
+        (code(Code::Numeric), 200, "succeeded", 1, 0),
+        (code(Code::Failure("0409001".to_owned())), 200, "failed", 1, 0),
+        (code(Code::Absent), 200, "unknown", 1, 0),
+        (code(Code::Two("0409000".to_owned(), "0409001".to_owned())), 200, "unknown", 1, 0),
+        (code(Code::Two("0409000".to_owned(), "0409000".to_owned())), 200, "unknown", 1, 0),
         (body(200, "text/html", html), 200, "unknown", 1, 0),
         (body(200, "application/json", ""), 200, "unknown", 1, 0),
         (body(200, "application/json", "[]"), 200, "unknown", 1, 0),
@@ -67,28 +67,22 @@ fn answers() -> Vec<Row> {
         (body(500, "application/json", "[]"), 500, "unknown", 1, 0),
         (body(500, "application/json", ""), 500, "unknown", 1, 0),
         (body(500, "application/json", "{\"resultCode\":"), 500, "unknown", 1, 0),
+        (vec![Fault::body("\u{1f}\u{fffd}").with_header("Content-Encoding", "gzip")], 200, "unknown", 1, 0),
+        (vec![Fault::default().with_header("Content-Encoding", "gzip")], 200, "succeeded", 1, 0),
+        (vec![Fault::default().with_header("Content-Encoding", "identity")], 200, "succeeded", 1, 0),
+        (vec![Fault { interim: Some(103), ..Fault::default() }], 200, "succeeded", 1, 0),
+        (vec![Fault::framing(Framing::Chunked)], 200, "succeeded", 1, 0),
+        (vec![Fault::framing(Framing::SlowBody(1))], 200, "succeeded", 1, 0),
+        (vec![Fault::sized(60_000)], 200, "succeeded", 1, 0),
+        (vec![Fault { size: Some(60_000), ..Fault::framing(Framing::Chunked) }], 200, "succeeded", 1, 0),
+        (vec![Fault::sized(200_000)], 200, "succeeded", 1, 0),
+        (vec![Fault { size: Some(200_000), ..Fault::framing(Framing::Chunked) }], 200, "succeeded", 1, 0),
+        (vec![Fault { size: Some(200_000), ..Fault::status(500) }], 500, "unknown", 1, 0),
+        (vec![Fault::delayed(200)], 200, "succeeded", 1, 0),
+        (vec![Fault::then(Then::Close)], 200, "succeeded", 1, 0),
+        (vec![Fault::then(Then::CloseIdle(0))], 200, "succeeded", 1, 0),
         (
-            json!([{ "headers": [["Content-Encoding", "gzip"]], "body": "\u{1f}\u{fffd}" }]),
-            200,
-            "unknown",
-            1,
-            0,
-        ),
-        (json!([{ "headers": [["Content-Encoding", "gzip"]] }]), 200, "succeeded", 1, 0),
-        (json!([{ "headers": [["Content-Encoding", "identity"]] }]), 200, "succeeded", 1, 0),
-        (json!([{ "interim": 103 }]), 200, "succeeded", 1, 0),
-        (json!([{ "framing": "chunked" }]), 200, "succeeded", 1, 0),
-        (json!([{ "framing": { "slow_body_ms": 1 } }]), 200, "succeeded", 1, 0),
-        (json!([{ "size": 60_000 }]), 200, "succeeded", 1, 0),
-        (json!([{ "size": 60_000, "framing": "chunked" }]), 200, "succeeded", 1, 0),
-        (json!([{ "size": 200_000 }]), 200, "succeeded", 1, 0),
-        (json!([{ "size": 200_000, "framing": "chunked" }]), 200, "succeeded", 1, 0),
-        (json!([{ "status": 500, "size": 200_000 }]), 500, "unknown", 1, 0),
-        (json!([{ "delay_ms": 200 }]), 200, "succeeded", 1, 0),
-        (json!([{ "then": "close" }]), 200, "succeeded", 1, 0),
-        (json!([{ "then": { "close_idle_ms": 0 } }]), 200, "succeeded", 1, 0),
-        (
-            json!([{ "then": { "extra": "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n" } }]),
+            vec![Fault::then(Then::Extra("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n".to_owned()))],
             200,
             "succeeded",
             1,
@@ -100,39 +94,39 @@ fn answers() -> Vec<Row> {
 /// Every way in which no whole answer comes.
 fn breaks() -> Vec<Row> {
     vec![
-        (json!([{ "instead": "reset" }]), 502, "unknown", 1, 0),
-        (json!([{ "instead": "close" }]), 502, "unknown", 1, 0),
-        (json!([{ "instead": "garbage" }]), 502, "unknown", 1, 0),
-        (json!([{ "interim": 103, "instead": "close" }]), 502, "unknown", 1, 0),
-        (json!([{ "interim": 103, "instead": "reset" }]), 502, "unknown", 1, 0),
-        (json!([{ "interim": 103, "framing": { "cut": 0 } }]), 502, "unknown", 1, 0),
-        (json!([{ "instead": "hang" }]), 504, "unknown", 1, 0),
-        (json!([{ "delay_ms": 5000 }]), 504, "unknown", 1, 0),
-        (json!([{ "framing": "half_head" }]), 502, "unknown", 1, 0),
-        (json!([{ "framing": "half_body" }]), 502, "unknown", 1, 0),
-        (json!([{ "framing": { "cut": 0 } }]), 502, "unknown", 1, 0),
-        (json!([{ "framing": { "slow_body_ms": 300 } }]), 504, "unknown", 1, 0),
-        (json!([{ "interim": 101 }]), 502, "unknown", 1, 0),
-        (json!([{ "headers": [["X-Huge", "x".repeat(1_000_000)]] }]), 502, "unknown", 1, 0),
+        (vec![Fault::instead(Instead::Reset)], 502, "unknown", 1, 0),
+        (vec![Fault::instead(Instead::Close)], 502, "unknown", 1, 0),
+        (vec![Fault::instead(Instead::Garbage)], 502, "unknown", 1, 0),
+        (vec![Fault { interim: Some(103), ..Fault::instead(Instead::Close) }], 502, "unknown", 1, 0),
+        (vec![Fault { interim: Some(103), ..Fault::instead(Instead::Reset) }], 502, "unknown", 1, 0),
+        (vec![Fault { interim: Some(103), ..Fault::framing(Framing::Cut(0)) }], 502, "unknown", 1, 0),
+        (vec![Fault::instead(Instead::Hang)], 504, "unknown", 1, 0),
+        (vec![Fault::delayed(5000)], 504, "unknown", 1, 0),
+        (vec![Fault::framing(Framing::HalfHead)], 502, "unknown", 1, 0),
+        (vec![Fault::framing(Framing::HalfBody)], 502, "unknown", 1, 0),
+        (vec![Fault::framing(Framing::Cut(0))], 502, "unknown", 1, 0),
+        (vec![Fault::framing(Framing::SlowBody(300))], 504, "unknown", 1, 0),
+        (vec![Fault { interim: Some(101), ..Fault::default() }], 502, "unknown", 1, 0),
+        (vec![Fault::default().with_header("X-Huge", "x".repeat(1_000_000))], 502, "unknown", 1, 0),
     ]
 }
 
 /// Refused tokens: one replay with a different token, under the same intent, and no more.
 fn refusals() -> Vec<Row> {
-    let first = json!({ "status": 401, "times": 1 });
-    let then = |second: Value| json!([first, second]);
+    let first = Fault::status(401).times(1);
+    let then = |second| vec![first.clone(), second];
     vec![
-        (json!([first]), 200, "succeeded", 2, 1),
-        (then(json!({ "code": { "failure": "0409001" } })), 200, "failed", 2, 1),
-        (then(json!({ "status": 429 })), 429, "refused", 2, 1),
-        (then(json!({ "status": 503 })), 503, "unknown", 2, 1),
-        (then(json!({ "instead": "reset" })), 502, "unknown", 2, 1),
-        (then(json!({ "instead": "hang" })), 504, "unknown", 2, 1),
-        (json!([{ "status": 401, "framing": "half_body" }]), 502, "unknown", 1, 0),
-        (json!([{ "status": 401, "then": "close", "times": 1 }]), 200, "succeeded", 2, 1),
-        (json!([{ "status": 401, "size": 2_000_000, "times": 1 }]), 200, "succeeded", 2, 1),
-        (json!([{ "status": 401 }]), 502, "refused", 2, 1),
-        (json!([{ "status": 401 }]), 502, "refused", 1, 0), // the cool-down: no fetch
+        (vec![first.clone()], 200, "succeeded", 2, 1),
+        (then(Fault::failure("0409001")), 200, "failed", 2, 1),
+        (then(Fault::status(429)), 429, "refused", 2, 1),
+        (then(Fault::status(503)), 503, "unknown", 2, 1),
+        (then(Fault::instead(Instead::Reset)), 502, "unknown", 2, 1),
+        (then(Fault::instead(Instead::Hang)), 504, "unknown", 2, 1),
+        (vec![Fault { framing: Some(Framing::HalfBody), ..Fault::status(401) }], 502, "unknown", 1, 0),
+        (vec![Fault { then: Some(Then::Close), ..Fault::status(401).times(1) }], 200, "succeeded", 2, 1),
+        (vec![Fault { size: Some(2_000_000), ..Fault::status(401).times(1) }], 200, "succeeded", 2, 1),
+        (vec![Fault::status(401)], 502, "refused", 2, 1),
+        (vec![Fault::status(401)], 502, "refused", 1, 0), // the cool-down: no fetch
     ]
 }
 
@@ -146,8 +140,8 @@ fn every_upstream_fault_has_its_outcome_and_attempt_count() {
     let mut gateway = start();
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
     let rows = [statuses(), answers(), breaks(), refusals()].concat();
-    for (script, status, outcome, attempts, refreshes) in rows {
-        let shown = script.to_string().chars().take(200).collect::<String>();
+    for (faults, status, outcome, attempts, refreshes) in rows {
+        let shown = shown(&faults).chars().take(200).collect::<String>();
         if refreshes > 0 {
             // A new one: where several tokens in a row are refused soon, fetches are slowed down.
             gateway = start();
@@ -159,9 +153,9 @@ fn every_upstream_fault_has_its_outcome_and_attempt_count() {
             });
         }
         let before = (sandbox.requests().len(), sandbox.token_calls().len());
-        sandbox.faults(serde_json::from_value(json!({ "business": script })).unwrap()).unwrap();
+        script(&sandbox, Faults::business(faults));
         let reply = gateway.call();
-        sandbox.faults(Default::default()).unwrap();
+        script(&sandbox, Faults::default());
         assert_eq!((reply.status, reply.outcome()), (status, outcome), "{shown}: {reply:?}");
         let asked = (sandbox.requests().len() - before.0, sandbox.token_calls().len() - before.1);
         assert_eq!(asked, (attempts, refreshes), "{shown}: upstream and token calls");
@@ -189,9 +183,16 @@ fn reply_passes_unchanged_except_for_private_headers() {
     let said = "{\"resultCode\" : 0409000,\t\"resultDesc\":\"\u{4efb}\u{52a1}\"} ";
     fault(
         &sandbox,
-        json!({ "body": said, "content_type": "text/x-anything", "headers": [
-            ["Set-Cookie", "a=b"], ["Server", "x"], ["Authorization", "Bearer x"], ["WWW-Authenticate", "Bearer"], ["X-Gateway-Outcome", "failed"], ["Connection", "x-request-id"],
-        ] }),
+        Fault {
+            content_type: Some("text/x-anything".to_owned()),
+            ..Fault::body(said)
+                .with_header("Set-Cookie", "a=b")
+                .with_header("Server", "x")
+                .with_header("Authorization", "Bearer x")
+                .with_header("WWW-Authenticate", "Bearer")
+                .with_header("X-Gateway-Outcome", "failed")
+                .with_header("Connection", "x-request-id")
+        },
     );
     let reply = gateway.call(); // reading it asserts that every header is on the list of allowed ones
     assert_eq!((reply.status, reply.body.as_str(), reply.outcome()), (200, said, "succeeded"));
@@ -202,7 +203,7 @@ fn reply_passes_unchanged_except_for_private_headers() {
 fn truncated_long_reply_aborts_the_caller_connection() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
-    fault(&sandbox, json!({ "size": 300_000, "framing": { "cut": 200_000 } }));
+    fault(&sandbox, Fault { size: Some(300_000), ..Fault::framing(Framing::Cut(200_000)) });
     let reply = gateway.call();
     assert_eq!((reply.status, reply.outcome()), (200, "succeeded"), "the first 64 KiB decide");
     assert!(
@@ -212,7 +213,7 @@ fn truncated_long_reply_aborts_the_caller_connection() {
     let record = &gateway.records("outcome", 1)[0];
     assert_eq!(record["outcome"], "succeeded");
     assert!(record["note"].as_str().unwrap().contains("broke off"), "{record}");
-    fault(&sandbox, json!({ "size": 300_000 }));
+    fault(&sandbox, Fault::sized(300_000));
     assert_eq!(gateway.call().body.len(), 300_000, "the control");
 }
 
@@ -222,7 +223,7 @@ fn persistently_refused_token_costs_one_refresh_and_then_none() {
     let gateway = start(&sandbox);
     assert_eq!(gateway.call().outcome(), "succeeded");
     let tokens = sandbox.token_calls().len();
-    fault(&sandbox, json!({ "status": 401 }));
+    fault(&sandbox, Fault::status(401));
     let reply = gateway.call();
     assert_eq!((reply.status, reply.code(), reply.outcome()), (502, "credential_rejected", "refused"));
     assert_eq!((sandbox.requests().len(), sandbox.token_calls().len()), (3, tokens + 1));
@@ -255,7 +256,7 @@ fn caller_disconnect_after_the_intent_cancels_nothing() {
         let sandbox = sandbox();
         let gateway = start(&sandbox);
         assert_eq!(gateway.call().outcome(), "succeeded");
-        fault(&sandbox, json!({ "delay_ms": 300 }));
+        fault(&sandbox, Fault::delayed(300));
         let mut stream = TcpStream::connect(gateway.address).unwrap();
         stream.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
         if leave != "fin" {
@@ -276,7 +277,7 @@ fn caller_disconnect_after_the_intent_cancels_nothing() {
 fn closed_upstream_connection_is_replaced_transparently() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
-    fault(&sandbox, json!({ "then": { "close_idle_ms": 0 } }));
+    fault(&sandbox, Fault::then(Then::CloseIdle(0)));
     for _ in 0..50 {
         assert_eq!(gateway.call().outcome(), "succeeded");
         wait_for("the upstream's close", || (sandbox.connections().open == 0).then_some(()));

@@ -12,12 +12,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ccsqm_gateway::sandbox::Sandbox;
-use serde_json::json;
+use ccsqm_gateway::sandbox::{Faults, Sandbox};
 use tempfile::TempDir;
 
 use crate::{
-    audit::faults,
     callers::{CALLER, Ca, SERVER, caller, listener, swap},
     signals::{hanging, probe},
     support::*,
@@ -56,7 +54,7 @@ fn start_with_files(sandbox: &Sandbox, through: Vec<String>, folder: &Arc<TempDi
         + &caller("console", "dns:batch.qa.internal", "")
         + "[[routes]]\nname = \"other\"\npath = \"/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/other\"\n\
            contract_file = \"contract.json\"\nsuccess_codes = [\"0\"]\n";
-    faults(sandbox, json!({ "lifetime_ms": 4000 }));
+    script(sandbox, Faults { lifetime_ms: Some(4000), ..Faults::default() });
     let address = crate::egress::guard(&ca, sandbox.address());
     let setup = Setup {
         base_url: Some(format!("https://localhost:{}", address.port())),

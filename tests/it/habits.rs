@@ -6,14 +6,9 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use ccsqm_gateway::sandbox::Sandbox;
-use serde_json::{Value, json};
+use ccsqm_gateway::sandbox::{Fault, Faults};
 
 use crate::support::*;
-
-fn script(sandbox: &Sandbox, faults: Value) {
-    sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
-}
 
 const GZIP: &str = "\u{1f}\u{fffd}not JSON";
 
@@ -22,12 +17,11 @@ fn reply_with_any_spelling_of_identity_coding_is_read() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
     let coded = |codings: &[&str], body: Option<&str>| {
-        let headers: Vec<_> = codings.iter().map(|coding| json!(["Content-Encoding", coding])).collect();
-        let mut fault = json!({ "headers": headers });
-        if let Some(body) = body {
-            fault["body"] = json!(body);
+        let mut fault = Fault { body: body.map(str::to_owned), ..Fault::default() };
+        for coding in codings {
+            fault = fault.with_header("Content-Encoding", *coding);
         }
-        script(&sandbox, json!({ "business": [fault] }));
+        script(&sandbox, Faults::business(fault));
         gateway.call().outcome().to_owned()
     };
     for codings in [&[][..], &[""], &["identity"], &["Identity"], &["IDENTITY, identity"], &["identity", ""]]
@@ -72,7 +66,7 @@ fn request_may_state_identity_coding_and_any_spelling_of_utf8() {
 #[test]
 fn coded_token_reply_is_reported_and_identity_is_requested() {
     let sandbox = sandbox();
-    script(&sandbox, json!({ "token": [{ "headers": [["Content-Encoding", "gzip"]], "body": GZIP }] }));
+    script(&sandbox, Faults::token(Fault::body(GZIP).with_header("Content-Encoding", "gzip")));
     let gateway = start_with(&sandbox, Setup::default().set("token.wait", "1s"));
     assert_eq!(gateway.call().json()["cause"], "token_unreadable");
     wait_for("the reason", || gateway.log().contains("has the content coding \\\"gzip\\\"").then_some(()));
@@ -84,7 +78,7 @@ fn coded_token_reply_is_reported_and_identity_is_requested() {
         "{asked:?}"
     );
 
-    script(&sandbox, json!({ "token": [{ "headers": [["Content-Encoding", "Identity"]] }] }));
+    script(&sandbox, Faults::token(Fault::default().with_header("Content-Encoding", "Identity")));
     let gateway = start(&sandbox);
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
 }
@@ -94,8 +88,12 @@ fn date_in_retry_after_delays_token_calls() {
     let date = |after: u64| httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(after));
     for (value, calls) in [(Some(date(3600)), 1..=1), (Some("3600".into()), 1..=1), (None, 2..=9)] {
         let sandbox = sandbox();
-        let headers: Vec<_> = value.iter().map(|value| json!(["Retry-After", value])).collect();
-        script(&sandbox, json!({ "token": [{ "status": 503, "headers": headers }] }));
+        let fault = Fault::status(503);
+        let fault = match &value {
+            Some(value) => fault.with_header("Retry-After", value),
+            None => fault,
+        };
+        script(&sandbox, Faults::token(fault));
         let gateway = start_with(&sandbox, Setup::default().set("token.wait", "3s"));
         let reply = gateway.call();
         assert_eq!(reply.code(), "token_unavailable", "{value:?}");

@@ -13,15 +13,11 @@ use std::{
     thread,
 };
 
-use ccsqm_gateway::sandbox::Sandbox;
+use ccsqm_gateway::sandbox::{Fault, Faults, Instead, Sandbox};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{outcomes::triggers::hold, support::*};
-
-fn faults(sandbox: &Sandbox, business: Value) {
-    sandbox.faults(serde_json::from_value(json!({ "business": business })).unwrap()).unwrap();
-}
 
 /// How many calls the upstream has received.
 fn sent(sandbox: &Sandbox) -> usize {
@@ -120,7 +116,7 @@ fn concurrent_calls_with_one_key_are_sent_once() {
     let sandbox = sandbox();
     let gateway = start_keyed(&sandbox, Setup::default());
     gateway.call(); // there is a token
-    faults(&sandbox, json!([{ "times": 1, "delay_ms": 500 }]));
+    script(&sandbox, Faults::business(Fault::delayed(500).times(1)));
     let replies: Vec<_> = thread::scope(|scope| {
         let calls: Vec<_> = (0..64).map(|_| scope.spawn(|| gateway.post_with(&key("k")))).collect();
         calls.into_iter().map(|call| call.join().unwrap()).collect()
@@ -161,7 +157,7 @@ fn key_is_bound_to_one_body_and_one_operator() {
 fn unknown_outcome_is_repeated_only_by_force_and_once() {
     let sandbox = sandbox();
     let gateway = start_keyed(&sandbox, Setup::default());
-    faults(&sandbox, json!([{ "times": 1, "instead": "reset" }]));
+    script(&sandbox, Faults::business(Fault::instead(Instead::Reset).times(1)));
     let first = gateway.post_with(&key("k"));
     assert_eq!((first.status, first.outcome()), (502, "unknown"));
     let somebody = gateway.post_with(&key("l"));
@@ -184,7 +180,10 @@ fn unknown_outcome_is_repeated_only_by_force_and_once() {
 fn forced_call_that_was_not_done_leaves_the_outcome_unknown() {
     let sandbox = sandbox();
     let gateway = start_keyed(&sandbox, Setup::default());
-    faults(&sandbox, json!([{ "times": 1, "instead": "reset" }, { "times": 1, "status": 429 }]));
+    script(
+        &sandbox,
+        Faults::business([Fault::instead(Instead::Reset).times(1), Fault::status(429).times(1)]),
+    );
     let first = gateway.post_with(&key("k"));
     assert_eq!(gateway.post_with(&forced("k", id(&first))).outcome(), "refused");
     let check = |gateway: &Gateway| {
@@ -202,21 +201,18 @@ fn forced_call_that_was_not_done_leaves_the_outcome_unknown() {
 fn refused_call_releases_its_key_and_a_failed_one_keeps_it() {
     let sandbox = sandbox();
     let gateway = start_keyed(&sandbox, Setup::default());
-    faults(
-        &sandbox,
-        json!([{ "times": 1, "status": 429 }, { "times": 1, "code": { "failure": "0409001" } }]),
-    );
+    script(&sandbox, Faults::business([Fault::status(429).times(1), Fault::failure("0409001").times(1)]));
     assert_eq!(gateway.post_with(&key("k")).outcome(), "refused");
     let body = other_body();
     let failed = gateway.send(&head(body.len(), &key("k")), &body);
     assert_eq!(failed.outcome(), "failed", "the key was free, for another body, too");
     assert_replays(&gateway.send(&head(body.len(), &key("k")), &body), &failed);
     assert_eq!(sent(&sandbox), 2);
-    sandbox.faults(serde_json::from_value(json!({ "down": true })).unwrap()).unwrap();
+    script(&sandbox, Faults { down: true, ..Faults::default() });
     wait_for("the end of its connections", || (sandbox.connections().open == 0).then_some(()));
     let reply = gateway.post_with(&key("l"));
     assert_eq!((reply.code(), reply.outcome()), ("upstream_unreachable", "not_sent"));
-    sandbox.faults(serde_json::from_value(json!({})).unwrap()).unwrap();
+    script(&sandbox, Faults::default());
     assert_eq!(gateway.post_with(&key("l")).outcome(), "succeeded");
 }
 
@@ -226,10 +222,8 @@ fn kill_right_after_a_reply_still_allows_its_replay() {
     let (mut folder, mut told) = (None, Vec::new());
     for round in 0..10 {
         let gateway = start_keyed(&sandbox, Setup { folder: folder.take(), ..Setup::default() });
-        faults(
-            &sandbox,
-            json!([{ "times": 1, "body": format!("{{\"resultCode\":\"0409000\",\"round\":\"é\\\"{round}\"}}") }]),
-        );
+        let reply = format!("{{\"resultCode\":\"0409000\",\"round\":\"é\\\"{round}\"}}");
+        script(&sandbox, Faults::business(Fault::body(reply).times(1)));
         told.push(gateway.post_with(&key(&round.to_string())));
         folder = Some(gateway.kill());
     }
@@ -248,7 +242,7 @@ fn kill_right_after_a_reply_still_allows_its_replay() {
 fn kill_during_a_call_leaves_its_outcome_unknown() {
     let sandbox = sandbox();
     let gateway = start_keyed(&sandbox, Setup::default());
-    faults(&sandbox, json!([{ "times": 1, "delay_ms": 60_000 }]));
+    script(&sandbox, Faults::business(Fault::delayed(60_000).times(1)));
     let _held = hold(&sandbox, &gateway, &key("k"), BODY);
     let intent = gateway.records("intent", 1).pop().unwrap();
     let gateway = start_keyed(&sandbox, Setup { folder: Some(gateway.kill()), ..Setup::default() });
@@ -263,7 +257,7 @@ fn disconnected_caller_gets_its_reply_by_replay() {
     let sandbox = sandbox();
     let gateway = start_keyed(&sandbox, Setup::default());
     gateway.call(); // there is a token
-    faults(&sandbox, json!([{ "times": 1, "delay_ms": 300 }]));
+    script(&sandbox, Faults::business(Fault::delayed(300).times(1)));
     let stream = hold(&sandbox, &gateway, &key("k"), BODY);
     stream.shutdown(Shutdown::Both).unwrap();
     drop(stream);
@@ -328,7 +322,7 @@ fn replay_of_a_long_reply_keeps_its_result_code() {
     let gateway = start_keyed(&sandbox, Setup::default());
     for (name, size) in [("short", 8 * 1024), ("long", 8 * 1024 + 1), ("very long", 100_000)] {
         let name = key(&name.replace(' ', "-"));
-        faults(&sandbox, json!([{ "times": 1, "size": size }]));
+        script(&sandbox, Faults::business(Fault::sized(size).times(1)));
         let first = gateway.post_with(&name);
         assert_eq!((first.outcome(), first.body.len()), ("succeeded", size));
         let again = gateway.post_with(&name);
@@ -347,7 +341,7 @@ fn replay_of_a_long_reply_keeps_its_result_code() {
 fn replay_of_an_evicted_reply_keeps_its_result_code() {
     let sandbox = sandbox();
     let gateway = start_keyed(&sandbox, Setup::default().set("idempotency.reply_memory", "64KiB"));
-    faults(&sandbox, json!([{ "size": 8000 }]));
+    script(&sandbox, Faults::business(Fault::sized(8000)));
     let count = 200; // the cache is tidied now and then
     let told: Vec<_> = (0..count).map(|i| gateway.post_with(&key(&format!("k{i}")))).collect();
     let again: Vec<_> = (0..count).map(|i| gateway.post_with(&key(&format!("k{i}")))).collect();
@@ -372,7 +366,7 @@ fn unkeyed_duplicate_is_rejected_during_the_first_and_flagged_after() {
     let gateway = guarded(&sandbox, "guard");
     let body = other_body();
     gateway.post(&body); // there is a token
-    faults(&sandbox, json!([{ "times": 1, "delay_ms": 500 }]));
+    script(&sandbox, Faults::business(Fault::delayed(500).times(1)));
     let first = thread::scope(|scope| {
         let first = scope.spawn(|| gateway.call());
         wait_for("the upstream", || (sent(&sandbox) == 2).then_some(()));
@@ -401,7 +395,7 @@ fn unkeyed_duplicate_is_rejected_while_the_first_is_unresolved() {
         Setup::default().set("idempotency.without_key", "guard").set("idempotency.fingerprint_window", "1s")
     };
     let gateway = start_with(&sandbox, setup());
-    faults(&sandbox, json!([{ "times": 1, "instead": "reset" }]));
+    script(&sandbox, Faults::business(Fault::instead(Instead::Reset).times(1)));
     let first = gateway.call();
     assert_eq!(first.outcome(), "unknown");
     let equal = gateway.call();
@@ -425,7 +419,7 @@ fn unkeyed_duplicate_is_rejected_while_the_first_is_unresolved() {
 fn kill_during_an_unkeyed_call_rejects_duplicates_from_the_start() {
     let sandbox = sandbox();
     let gateway = guarded(&sandbox, "guard");
-    faults(&sandbox, json!([{ "times": 1, "delay_ms": 60_000 }]));
+    script(&sandbox, Faults::business(Fault::delayed(60_000).times(1)));
     let _held = hold(&sandbox, &gateway, "", BODY);
     let intent = gateway.records("intent", 1).pop().unwrap();
     let setup = Setup::default().set("idempotency.without_key", "guard");
@@ -452,7 +446,7 @@ fn each_mode_handles_unkeyed_calls_as_documented() {
         assert_eq!(reply.code(), after_success, "{mode}");
         let is_flagged = !first_id(&reply).is_empty();
         assert_eq!(is_flagged, !["off", "require_key"].contains(&mode), "{mode}");
-        faults(&sandbox, json!([{ "times": 1, "instead": "reset" }]));
+        script(&sandbox, Faults::business(Fault::instead(Instead::Reset).times(1)));
         let body = other_body();
         gateway.post(&body);
         assert_eq!(gateway.post(&body).code(), while_unknown, "{mode}");

@@ -19,12 +19,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ccsqm_gateway::sandbox::{Received, Sandbox};
-use serde_json::{Value, json};
+use ccsqm_gateway::sandbox::{Fault, Faults, Received, Sandbox};
+use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{
-    audit::{body, disk::Disk, faults, segments, text, verify},
+    audit::{body, disk::Disk, segments, text, verify},
     idempotency::until_keys_are_known,
     support::*,
 };
@@ -158,15 +158,15 @@ fn call_on(mut connection: Connection, next: &AtomicU64) -> Vec<Call> {
 
 /// Of 20 calls two are answered late, one fails and one ends in doubt.
 fn misbehave(sandbox: &Sandbox) {
-    let script = (0..100).flat_map(|round| {
+    let faults = (0..100).flat_map(|round| {
         [
-            json!({ "after": round * 20 + 3, "times": 1, "delay_ms": 20 + random(60) }),
-            json!({ "after": round * 20 + 8, "times": 1, "code": { "failure": "0409001" } }),
-            json!({ "after": round * 20 + 13, "times": 1, "delay_ms": 20 + random(60) }),
-            json!({ "after": round * 20 + 18, "times": 1, "status": 503, "body": "busy" }),
+            Fault::delayed(20 + random(60)).after(round * 20 + 3).times(1),
+            Fault::failure("0409001").after(round * 20 + 8).times(1),
+            Fault::delayed(20 + random(60)).after(round * 20 + 13).times(1),
+            Fault::status(503).with_body("busy").after(round * 20 + 18).times(1),
         ]
     });
-    faults(sandbox, json!({ "business": script.collect::<Vec<_>>() }));
+    script(sandbox, Faults::business(faults.collect::<Vec<_>>()));
 }
 
 /// The task in what the upstream received of a body. A body that is cut before it ends has no task.

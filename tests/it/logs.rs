@@ -10,12 +10,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ccsqm_gateway::sandbox::Sandbox;
+use ccsqm_gateway::sandbox::{Fault, Faults, Instead, Sandbox};
 use rustix::fs::{OFlags, fcntl_setfl};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::{audit::faults, support::*};
+use crate::support::*;
 
 /// So much may pass on a busy machine: four times what is promised.
 const PROMPT: Duration = Duration::from_millis(4 * 50);
@@ -167,18 +167,18 @@ fn log_requests_selects_failures_all_or_none() {
         [("off", [false; 6]), ("failures", [false, true, true, true, true, false]), ("all", [true; 6])]
     {
         let gateway = start_with(&sandbox, Setup::default().set("log.requests", setting));
-        let failing = |fault: Value| {
-            faults(&sandbox, json!({ "business": [fault] }));
+        let failing = |fault: Fault| {
+            script(&sandbox, Faults::business(fault));
             let reply = gateway.call();
-            faults(&sandbox, json!({}));
+            script(&sandbox, Faults::default());
             reply
         };
         let replies = [
             gateway.call(),
-            failing(json!({ "times": 1, "instead": "reset" })),
-            failing(json!({ "times": 1, "code": { "failure": "0409001" } })),
-            failing(json!({ "times": 1, "status": 403 })),
-            failing(json!({ "status": 401 })),
+            failing(Fault::instead(Instead::Reset).times(1)),
+            failing(Fault::failure("0409001").times(1)),
+            failing(Fault::status(403).times(1)),
+            failing(Fault::status(401)),
             gateway.post("{}"),
         ];
         let outcomes = replies.each_ref().map(|reply| reply.outcome().to_owned());
@@ -273,13 +273,13 @@ fn gateway_never_waits_for_an_unread_log() {
     for (workers, level) in [(1, "debug"), (2, "debug"), (2, "info")] {
         println!("{workers} workers, level {level}");
         let sandbox = sandbox();
-        faults(&sandbox, json!({ "lifetime_ms": 4000 }));
+        script(&sandbox, Faults { lifetime_ms: Some(4000), ..Faults::default() });
         let set = [format!("server.workers={workers}"), format!("log.level={level}")];
         let mut gateway = Unread::start(&sandbox, &set.each_ref().map(String::as_str));
         for _ in 0..20 {
             assert_eq!(prompt("a call", || gateway.call()).outcome(), "succeeded");
         }
-        faults(&sandbox, json!({ "business": [{ "status": 429, "times": 1 }], "lifetime_ms": 4000 }));
+        script(&sandbox, Faults { lifetime_ms: Some(4000), ..Faults::business(Fault::status(429).times(1)) });
         assert_eq!(prompt("a 429", || gateway.call()).status, 429);
         assert_eq!(prompt("a call behind it", || gateway.call()).outcome(), "succeeded");
         if level == "debug" {
@@ -341,7 +341,7 @@ fn unknown_outcomes_are_logged_even_with_a_full_log_queue() {
     let sandbox = sandbox();
     let mut gateway = Unread::start(&sandbox, &["log.level=debug"]);
     gateway.until_lines_are_dropped();
-    faults(&sandbox, json!({ "business": [{ "instead": "reset", "times": 1 }] }));
+    script(&sandbox, Faults::business(Fault::instead(Instead::Reset).times(1)));
     let unknown = gateway.call();
     assert_eq!(unknown.outcome(), "unknown");
     let id = &unknown.headers["x-gateway-request-id"];

@@ -7,11 +7,11 @@ use std::{
     sync::Arc,
 };
 
-use ccsqm_gateway::sandbox::Sandbox;
+use ccsqm_gateway::sandbox::{Fault, Faults, Instead, Sandbox};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::{audit::faults, idempotency::until_keys_are_known, support::*};
+use crate::{idempotency::until_keys_are_known, support::*};
 
 fn key(number: usize) -> String {
     format!("idempotency-key: k{number}\r\n")
@@ -279,7 +279,7 @@ fn resolution_appended_to_a_segment_end_frees_no_key() {
     let folder = Arc::new(TempDir::new().unwrap());
     let mut gateway = start_with(&sandbox, setup(&folder));
     until_keys_are_known(&gateway);
-    faults(&sandbox, json!({ "business": [{ "instead": "reset", "times": 1 }] }));
+    script(&sandbox, Faults::business(Fault::instead(Instead::Reset).times(1)));
     assert_eq!(gateway.post_with(&key(0)).outcome(), "unknown");
     let audit = gateway.audit_directory();
     let mut next = 1;
@@ -313,7 +313,7 @@ fn resolution_outside_the_hash_chain_removes_no_unresolved_call() {
     let folder = Arc::new(TempDir::new().unwrap());
     let guarded = || setup(&folder).set("idempotency.without_key", "guard");
     let mut gateway = start_with(&sandbox, guarded());
-    faults(&sandbox, json!({ "business": [{ "instead": "reset", "times": 1 }] }));
+    script(&sandbox, Faults::business(Fault::instead(Instead::Reset).times(1)));
     assert_eq!(gateway.call().outcome(), "unknown");
     gateway.signal("-TERM");
     assert!(gateway.wait().success());
@@ -349,7 +349,7 @@ fn outcome_outside_the_hash_chain_frees_nothing() {
     let mut gateway = start_with(&sandbox, guarded());
     until_keys_are_known(&gateway);
     let other = BODY.replace("954645333549048833", "1");
-    faults(&sandbox, json!({ "business": [{ "instead": "reset", "times": 2 }] }));
+    script(&sandbox, Faults::business(Fault::instead(Instead::Reset).times(2)));
     assert_eq!(gateway.post_with(&key(0)).outcome(), "unknown");
     assert_eq!(gateway.post(&other).outcome(), "unknown");
     let good = [3, 4].map(|task| BODY.replace("954645333549048833", &task.to_string()));

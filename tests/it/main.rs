@@ -2,7 +2,6 @@
 //! upstream received and what the audit trail says.
 
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
-#![allow(clippy::needless_pass_by_value, reason = "json!(…) reads better without an ampersand")]
 
 mod support;
 mod http2_upstream;

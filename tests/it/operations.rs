@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use ccsqm_gateway::sandbox::{Fault, Faults};
 use serde_json::json;
 
 use crate::support::*;
@@ -17,13 +18,13 @@ use crate::support::*;
 #[test]
 fn readiness_waits_for_the_first_token_and_reports_it() {
     let sandbox = sandbox();
-    sandbox.faults(serde_json::from_value(json!({ "token_down": true })).unwrap()).unwrap();
+    script(&sandbox, Faults { token_down: true, ..Faults::default() });
     let gateway = start(&sandbox);
     let admin = gateway.admin.to_string();
     assert_eq!(command(&["healthcheck", "--admin", &admin]).0, 0);
     let (code, out, _) = command(&["healthcheck", "--ready", "--admin", &admin]);
     assert!(code == 1 && out.contains("no token yet"), "{out}");
-    sandbox.faults(serde_json::from_value(json!({})).unwrap()).unwrap();
+    script(&sandbox, Faults::default());
     gateway.call();
     wait_for("readiness", || (gateway.admin("/readyz").status == 200).then_some(()));
 }
@@ -61,7 +62,7 @@ fn requests_in_flight_finish_during_drain() {
     let sandbox = sandbox();
     let mut gateway = start(&sandbox);
     assert_eq!(gateway.call().outcome(), "succeeded");
-    sandbox.faults(serde_json::from_value(json!({ "business": [{ "delay_ms": 500 }] })).unwrap()).unwrap();
+    script(&sandbox, Faults::business(Fault::delayed(500)));
     let mut stream = crate::outcomes::triggers::hold(&sandbox, &gateway, "", BODY);
     gateway.signal("-TERM");
     assert_eq!(read_reply(&mut stream).outcome(), "succeeded");
@@ -95,7 +96,7 @@ fn drain_rejects_late_requests_and_ignores_incomplete_ones() {
     let sandbox = sandbox();
     let mut gateway = start(&sandbox);
     assert_eq!(gateway.call().outcome(), "succeeded");
-    sandbox.faults(serde_json::from_value(json!({ "business": [{ "delay_ms": 700 }] })).unwrap()).unwrap();
+    script(&sandbox, Faults::business(Fault::delayed(700)));
     let request = head(BODY.len(), "") + BODY;
     let mut in_flight = TcpStream::connect(gateway.address).unwrap();
     in_flight.write_all(request.as_bytes()).unwrap();
@@ -123,7 +124,7 @@ fn drain_rejects_late_requests_and_ignores_incomplete_ones() {
 fn drain_timeout_that_cuts_a_long_reply_records_its_outcome() {
     let sandbox = sandbox();
     let mut gateway = start_with(&sandbox, Setup::default().set("server.drain_timeout", "300ms"));
-    sandbox.faults(serde_json::from_value(json!({ "business": [{ "size": 30_000_000 }] })).unwrap()).unwrap();
+    script(&sandbox, Faults::business(Fault::sized(30_000_000)));
     let mut stream = TcpStream::connect(gateway.address).unwrap();
     stream.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
     let mut told = [0; 200];

@@ -18,7 +18,7 @@ use std::{
 use ccsqm_gateway::{
     error::Error,
     model::{code::Code, outcome::Outcome, request_id::RequestId, stage::Stage},
-    sandbox::Sandbox,
+    sandbox::{self, Fault, Sandbox},
 };
 use serde_json::Value;
 
@@ -247,7 +247,7 @@ const ROWS: &[Row] = &[
         outcome: "succeeded",
         own_outcome: "succeeded",
         retry: ["not-needed"; 2],
-        trigger: |key| passed(key, r#"{}"#),
+        trigger: |key| passed(key, Fault::default()),
         ..PASSED
     },
     Row {
@@ -255,7 +255,7 @@ const ROWS: &[Row] = &[
         outcome: "succeeded",
         own_outcome: "succeeded",
         retry: ["not-needed"; 2],
-        trigger: |key| passed(key, r#"{"size":200000}"#),
+        trigger: |key| passed(key, Fault::sized(200_000)),
         ..PASSED
     },
     Row {
@@ -263,7 +263,7 @@ const ROWS: &[Row] = &[
         outcome: "failed",
         own_outcome: "failed",
         retry: ["after-correction"; 2],
-        trigger: |key| passed(key, r#"{"code":{"failure":"0409001"}}"#),
+        trigger: |key| passed(key, Fault::failure("0409001")),
         ..PASSED
     },
     Row {
@@ -272,41 +272,41 @@ const ROWS: &[Row] = &[
         outcome: "failed",
         own_outcome: "failed",
         retry: ["after-correction"; 2],
-        trigger: |key| passed(key, r#"{"status":400}"#),
+        trigger: |key| passed(key, Fault::status(400)),
         ..PASSED
     },
     Row {
         case: "passed on: unknown, 200",
         status: 200,
-        trigger: |key| passed(key, r#"{"code":"absent"}"#),
+        trigger: |key| passed(key, Fault::code(sandbox::Code::Absent)),
         ..DOUBT
     },
     Row {
         case: "passed on: unknown, 503",
-        trigger: |key| passed(key, r#"{"status":503,"headers":[["Retry-After","7"]]}"#),
+        trigger: |key| passed(key, Fault::status(503).with_header("Retry-After", "7")),
         ..DOUBT
     },
     Row {
         case: "passed on: 429",
         status: 429,
         retry: UNCHANGED,
-        trigger: |key| passed(key, r#"{"status":429}"#),
+        trigger: |key| passed(key, Fault::status(429)),
         ..REFUSED
     },
-    Row { case: "passed on: 403", status: 403, trigger: |key| passed(key, r#"{"status":403}"#), ..REFUSED },
-    Row { case: "passed on: 418", status: 418, trigger: |key| passed(key, r#"{"status":418}"#), ..REFUSED },
+    Row { case: "passed on: 403", status: 403, trigger: |key| passed(key, Fault::status(403)), ..REFUSED },
+    Row { case: "passed on: 418", status: 418, trigger: |key| passed(key, Fault::status(418)), ..REFUSED },
     Row {
         case: "replayed: the first succeeded",
         retry: ["", "not-needed"],
         first_outcome: "succeeded",
-        trigger: |key| replayed(key, r#"{}"#),
+        trigger: |key| replayed(key, Fault::default()),
         ..REPLAYED
     },
     Row {
         case: "replayed: the first failed, 200",
         retry: ["", "after-correction"],
         first_outcome: "failed",
-        trigger: |key| replayed(key, r#"{"code":{"failure":"0409001"}}"#),
+        trigger: |key| replayed(key, Fault::failure("0409001")),
         ..REPLAYED
     },
     Row {
@@ -314,7 +314,7 @@ const ROWS: &[Row] = &[
         status: 422,
         retry: ["", "after-correction"],
         first_outcome: "failed",
-        trigger: |key| replayed(key, r#"{"status":422}"#),
+        trigger: |key| replayed(key, Fault::status(422)),
         ..REPLAYED
     },
     Row {
@@ -417,6 +417,7 @@ pub(crate) fn caught<T>(what: impl FnOnce() -> T) -> Result<T, String> {
 struct Differences(Vec<String>);
 
 impl Differences {
+    #[allow(clippy::needless_pass_by_value, reason = "literals read better without an ampersand")]
     fn compare<T: PartialEq + std::fmt::Debug>(&mut self, what: &str, is: T, must_be: T) {
         if is != must_be {
             self.0.push(format!("{what} is {is:?}, must be {must_be:?}"));

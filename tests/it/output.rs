@@ -8,10 +8,11 @@ use std::{
     sync::Arc,
 };
 
+use ccsqm_gateway::sandbox::{Fault, Faults, Instead};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use crate::{audit::faults, support::*};
+use crate::support::*;
 
 /// Runs a command of the binary with its streams redirected as a shell does it.
 fn redirected(args: &[String], redirection: &str) -> Output {
@@ -48,7 +49,7 @@ fn names(of: &[String]) -> BTreeSet<String> {
 #[test]
 fn commands_keep_their_exit_code_when_output_is_not_read() {
     let sandbox = sandbox();
-    faults(&sandbox, serde_json::json!({ "business": [{ "instead": "reset", "times": 1 }] }));
+    script(&sandbox, Faults::business(Fault::instead(Instead::Reset).times(1)));
     let gateway = start(&sandbox);
     assert_eq!(gateway.call().outcome(), "unknown");
     let id = gateway.records("outcome", 1)[0]["id"].as_str().unwrap().to_owned();
@@ -176,9 +177,12 @@ fn commands_escape_characters_that_control_a_terminal() {
         let caller = "[[routes]]\nname = \"appointQualityTask\"\ncontract_file = \"other.json\"\n".to_owned();
         let gateway = start_with(&sandbox, Setup { folder: Some(folder), caller, ..Setup::default() });
         let reply = serde_json::json!({ "resultCode": text }).to_string();
-        faults(
+        script(
             &sandbox,
-            serde_json::json!({ "business": [{ "status": 200, "body": reply, "times": 1 }, { "instead": "reset", "times": 1 }] }),
+            Faults::business([
+                Fault::status(200).with_body(reply).times(1),
+                Fault::instead(Instead::Reset).times(1),
+            ]),
         );
         let body = serde_json::json!({ "task": text }).to_string();
         assert_eq!((gateway.post(&body).outcome(), gateway.post(&body).outcome()), ("failed", "unknown"));

@@ -8,16 +8,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ccsqm_gateway::sandbox::Sandbox;
+use ccsqm_gateway::sandbox::{Fault, Faults};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{idempotency::until_keys_are_known, support::*};
-
-fn script(sandbox: &Sandbox, faults: Value) {
-    sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
-}
 
 /// So many calls at once.
 fn calls(gateway: &Gateway, count: usize) -> Vec<Reply> {
@@ -43,7 +38,7 @@ fn open_circuit_breaker_rejects_requests() {
     for status in [502, 503, 504] {
         let sandbox = sandbox();
         let gateway = start_with(&sandbox, with_breaker("1m"));
-        script(&sandbox, json!({ "business": [{ "status": status }] }));
+        script(&sandbox, Faults::business(Fault::status(status)));
         for _ in 0..3 {
             assert_eq!(gateway.call().status, status);
         }
@@ -61,7 +56,7 @@ fn open_circuit_breaker_rejects_requests() {
 fn half_open_breaker_sends_one_probe() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, with_breaker("300ms"));
-    script(&sandbox, json!({ "business": [{ "status": 503, "times": 3 }, { "delay_ms": 500, "times": 1 }] }));
+    script(&sandbox, Faults::business([Fault::status(503).times(3), Fault::delayed(500).times(1)]));
     for _ in 0..3 {
         assert_eq!(gateway.call().status, 503);
     }
@@ -95,7 +90,7 @@ fn unreachable_or_silent_upstream_opens_the_breaker() {
         &sandbox,
         with_breaker("1m").set("upstream.timeout", "300ms").set("upstream.connect_timeout", "300ms"),
     );
-    script(&sandbox, json!({ "business": [{ "delay_ms": 2000 }] }));
+    script(&sandbox, Faults::business(Fault::delayed(2000)));
     for _ in 0..3 {
         assert_eq!(gateway.call().code(), "upstream_timeout");
     }
@@ -108,21 +103,22 @@ fn breaker_stays_closed_while_the_upstream_answers() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, with_breaker("1m"));
     for fault in [
-        json!({ "status": 500, "body": "{}" }),
-        json!({ "status": 500, "body": "<html>" }),
-        json!({ "status": 429 }),
-        json!({ "status": 403 }),
-        json!({ "status": 404 }),
-        json!({ "status": 401 }),
+        Fault::status(500).with_body("{}"),
+        Fault::status(500).with_body("<html>"),
+        Fault::status(429),
+        Fault::status(403),
+        Fault::status(404),
+        Fault::status(401),
     ] {
-        script(&sandbox, json!({ "business": [fault] }));
+        let shown = shown(std::slice::from_ref(&fault));
+        script(&sandbox, Faults::business(fault));
         for _ in 0..6 {
-            assert_ne!(gateway.call().code(), "upstream_suspended", "{fault}");
+            assert_ne!(gateway.call().code(), "upstream_suspended", "{shown}");
         }
     }
-    script(&sandbox, json!({}));
+    script(&sandbox, Faults::default());
     assert_eq!(gateway.call().outcome(), "succeeded");
-    script(&sandbox, json!({ "business": [{ "status": 503 }] }));
+    script(&sandbox, Faults::business(Fault::status(503)));
     (0..3).for_each(|_| drop(gateway.call()));
     assert_suspended(&gateway.call()); // the control
 }
@@ -131,7 +127,7 @@ fn breaker_stays_closed_while_the_upstream_answers() {
 fn only_status_429_of_the_upstream_shrinks_the_quota() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup::default().set("quota.rate", "2/s").set("quota.burst", 1000));
-    script(&sandbox, json!({ "business": [{ "status": 403, "times": 5 }] }));
+    script(&sandbox, Faults::business(Fault::status(403).times(5)));
     for _ in 0..10 {
         assert_ne!(gateway.call().code(), "quota_exhausted", "the control");
     }
@@ -143,8 +139,7 @@ fn only_status_429_of_the_upstream_shrinks_the_quota() {
         })
     };
     assert_eq!(left(&gateway), [1.0, 100.0]);
-    let fault = json!({ "status": 429, "headers": [["Retry-After", "60"]], "times": 1 });
-    script(&sandbox, json!({ "business": [fault] }));
+    script(&sandbox, Faults::business(Fault::status(429).with_header("Retry-After", "60").times(1)));
     let reply = gateway.call();
     assert_eq!((reply.status, reply.outcome()), (429, "refused"));
     assert_eq!(left(&gateway), [0.5, 50.0]);
@@ -183,7 +178,7 @@ fn load_shedding_keeps_full_throughput_at_five_times_the_load() {
     let sandbox = sandbox();
     let setup = Setup::default().set("upstream.max_connections", 4).set("upstream.connect_timeout", "400ms");
     let gateway = start_with(&sandbox, setup);
-    script(&sandbox, json!({ "business": [{ "delay_ms": 40 }] }));
+    script(&sandbox, Faults::business(Fault::delayed(40)));
     let time = Duration::from_secs(3);
     let done = |replies: &[(Reply, Duration)]| {
         replies.iter().filter(|(reply, _)| reply.outcome() == "succeeded").count()
@@ -220,9 +215,9 @@ fn load_shedding_ends_after_a_slow_period() {
             replies.filter(|reply| reply.code() == "overloaded").count()
         })
     };
-    script(&sandbox, json!({ "business": [{ "delay_ms": 500 }] }));
+    script(&sandbox, Faults::business(Fault::delayed(500)));
     wait_for("one who waits, and no more", || (refused_of_five() == 2).then_some(()));
-    script(&sandbox, json!({ "business": [{ "delay_ms": 20 }] }));
+    script(&sandbox, Faults::business(Fault::delayed(20)));
     wait_for("three who wait", || (refused_of_five() == 0).then_some(()));
 }
 

@@ -8,11 +8,11 @@ use std::{
     sync::Arc,
 };
 
-use ccsqm_gateway::sandbox::Sandbox;
+use ccsqm_gateway::sandbox::{Fault, Faults, Framing, Sandbox};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::{audit::faults, support::*};
+use crate::support::*;
 
 const APP_KEY: &str = "quoted/app-key-0123456789";
 const APP_SECRET: &str = "Quoted\"app\\secret-0123456789";
@@ -103,7 +103,7 @@ fn header_that_quotes_the_credential_is_dropped() {
     let mut quoted = 0;
     for name in names {
         let answer = |value: &str| {
-            faults(&sandbox, json!({ "business": [{ "headers": [[name, value]], "times": 1 }] }));
+            script(&sandbox, Faults::business(Fault::default().with_header(name, value).times(1)));
             raw_call(&gateway, "")
         };
         let reply = answer("a harmless value of the same length");
@@ -120,7 +120,10 @@ fn header_that_quotes_the_credential_is_dropped() {
     }
     assert_eq!(withheld(&gateway, "header"), quoted);
     let content_type = format!("text/plain; {}", secrets[0]);
-    faults(&sandbox, json!({ "business": [{ "content_type": content_type, "times": 1 }] }));
+    script(
+        &sandbox,
+        Faults::business(Fault { content_type: Some(content_type), ..Fault::default().times(1) }),
+    );
     let reply = raw_call(&gateway, "idempotency-key: typed\r\n");
     assert!(!reply.contains("content-type") && reply.contains("0409000"), "{reply}");
     let sinks = sinks(&gateway);
@@ -132,20 +135,21 @@ fn only_reply_headers_on_the_allow_list_pass() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup::default());
     let headers = [
-        ["x-debug", "1"],
-        ["alt-svc", "h3=\":443\""],
-        ["strict-transport-security", "max-age=1"],
-        ["clear-site-data", "\"*\""],
-        ["set-cookie", "a=b"],
-        ["location", "http://elsewhere/"],
-        ["etag", "\"x\""],
-        ["vary", "accept"],
-        ["cache-control", "no-store"],
-        ["expires", "0"],
-        ["connection", "vary"],
-        ["x-request-id", "up/1:2=3"],
-    ];
-    faults(&sandbox, json!({ "business": [{ "headers": headers, "times": 1 }] }));
+        ("x-debug", "1"),
+        ("alt-svc", "h3=\":443\""),
+        ("strict-transport-security", "max-age=1"),
+        ("clear-site-data", "\"*\""),
+        ("set-cookie", "a=b"),
+        ("location", "http://elsewhere/"),
+        ("etag", "\"x\""),
+        ("vary", "accept"),
+        ("cache-control", "no-store"),
+        ("expires", "0"),
+        ("connection", "vary"),
+        ("x-request-id", "up/1:2=3"),
+    ]
+    .map(|(name, value)| (name.to_owned(), value.to_owned()));
+    script(&sandbox, Faults::business(Fault { headers: headers.into(), ..Fault::default().times(1) }));
     let reply = raw_call(&gateway, "x-request-id: mine\r\n");
     let (head, _) = reply.split_once("\r\n\r\n").unwrap();
     let mut names: Vec<_> = head.lines().skip(1).map(|line| line.split_once(": ").unwrap()).collect();
@@ -170,7 +174,7 @@ fn only_reply_headers_on_the_allow_list_pass() {
     let outcome = &gateway.records("outcome", 1)[0];
     assert_eq!(outcome["upstream_request_id"], "up/1:2=3");
     for id in ["", "with blank", "é", &"x".repeat(129)] {
-        faults(&sandbox, json!({ "business": [{ "headers": [["x-request-id", id]], "times": 1 }] }));
+        script(&sandbox, Faults::business(Fault::default().with_header("x-request-id", id).times(1)));
         let reply = raw_call(&gateway, "");
         assert!(reply.starts_with("HTTP/1.1 200") && !reply.contains("upstream-request-id"), "{reply}");
     }
@@ -192,7 +196,7 @@ fn body_that_quotes_the_credential_is_withheld_and_never_stored() {
             ] {
                 number += 1;
                 let answer = |body: &str, key: &str| {
-                    faults(&sandbox, json!({ "business": [{ "status": status, "body": body, "times": 1 }] }));
+                    script(&sandbox, Faults::business(Fault::status(status).with_body(body).times(1)));
                     raw_call(&gateway, &format!("idempotency-key: {key}{number}\r\n"))
                 };
                 let harmless = body.replace("QUOTED", "harmless");
@@ -235,7 +239,7 @@ fn reply_that_quotes_the_previously_refused_token_is_withheld() {
     let (gateway, [first, ..]) = start_quoted(&sandbox, &[]);
     sandbox.revoke();
     let body = json!({ "resultCode": "0409000", "data": first }).to_string();
-    faults(&sandbox, json!({ "business": [{ "body": body, "after": 1, "times": 1 }] }));
+    script(&sandbox, Faults::business(Fault::body(body).after(1).times(1)));
     let reply = gateway.call();
     assert_eq!(
         (reply.outcome(), reply.json()),
@@ -253,29 +257,29 @@ fn long_reply_that_quotes_the_credential_is_cut_off_before_the_quote() {
     for (number, secret) in secrets.iter().enumerate() {
         for form in in_json(secret) {
             let borders = [64 * 1024, LENGTH / 2, LENGTH - 40].map(|border| border - form.len() / 2);
-            for (place, framing) in borders.into_iter().flat_map(|place| {
-                [json!({}), json!({ "framing": "chunked" })].map(|framing| (place, framing))
-            }) {
+            for (place, framing) in borders
+                .into_iter()
+                .flat_map(|place| [None, Some(Framing::Chunked)].map(|framing| (place, framing)))
+            {
                 let body = |quote: &str| {
                     let begin = r#"{"resultCode":"0409000","data":""#;
                     let before = filler(place.min(LENGTH - 2 - form.len()) - begin.len());
                     let after = (LENGTH - 2).saturating_sub(begin.len() + before.len() + quote.len());
                     format!("{begin}{before}{quote}{}\"}}", filler(after))
                 };
-                let answer = |body: &str, framing: &Value| {
-                    let mut fault = json!({ "body": body, "times": 1 });
-                    fault.as_object_mut().unwrap().extend(framing.as_object().unwrap().clone());
-                    faults(&sandbox, json!({ "business": [fault] }));
+                let answer = |body: &str, framing| {
+                    let fault = Fault { framing, ..Fault::body(body).times(1) };
+                    script(&sandbox, Faults::business(fault));
                     raw_call(&gateway, "")
                 };
                 if number == 0 {
                     let harmless = body(&form.replace(|byte: char| byte.is_ascii_alphanumeric(), "x"));
                     let harmless = harmless.replace("\\", "/");
-                    let reply = answer(&harmless, &framing);
+                    let reply = answer(&harmless, framing);
                     let body = dechunked(&reply);
                     assert!(body == harmless, "the control: {} of {}", body.len(), harmless.len());
                 }
-                let reply = answer(&body(&form), &framing);
+                let reply = answer(&body(&form), framing);
                 let is_withheld = reply.contains("withheld");
                 assert!(is_withheld || reply.starts_with("HTTP/1.1 200"), "{}", &reply[..200]);
                 let (_, left) = reply.split_once("\r\n\r\n").unwrap();

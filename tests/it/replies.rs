@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use ccsqm_gateway::sandbox::Sandbox;
+use ccsqm_gateway::sandbox::{Fault, Faults, Instead, Sandbox};
 use serde_json::{Value, json};
 use socket2::SockRef;
 use tempfile::TempDir;
@@ -428,7 +428,7 @@ fn early_401_counts_as_refused_while_the_body_is_still_being_sent() {
         .set("token.wait", "20s");
     let gateway = start_with(&sandbox, setup);
     wait_for("the token", || (gateway.admin("/readyz").status == 200).then_some(()));
-    sandbox.faults(serde_json::from_value(json!({ "token": [{ "instead": "hang" }] })).unwrap()).unwrap();
+    script(&sandbox, Faults::token(Fault::instead(Instead::Hang)));
     let body = format!("{BODY}{}", " ".repeat(15_000_000));
     let (reply, read) = thread::scope(|scope| {
         let call = scope.spawn(|| gateway.post(&body));

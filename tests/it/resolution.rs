@@ -10,12 +10,12 @@ use std::{
     thread,
 };
 
-use ccsqm_gateway::sandbox::Sandbox;
+use ccsqm_gateway::sandbox::{Fault, Faults, Instead, Sandbox};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    audit::{faults, verify},
+    audit::verify,
     idempotency::until_keys_are_known,
     outcomes::triggers::{KEY, hold, id, newest, start_ready},
     support::*,
@@ -33,7 +33,7 @@ fn start_with_unknown(sandbox: &Sandbox, key: &str) -> (Gateway, String) {
 }
 
 fn leave_unknown(sandbox: &Sandbox, gateway: &Gateway, key: &str, body: &str) -> String {
-    faults(sandbox, json!({ "business": [{ "instead": "reset", "times": 1 }] }));
+    script(sandbox, Faults::business(Fault::instead(Instead::Reset).times(1)));
     let reply = gateway.send(&head(body.len(), key), body);
     assert_eq!(reply.outcome(), "unknown");
     id(&reply).to_owned()
@@ -160,7 +160,7 @@ fn resolution_works_on_a_stopped_trail_and_after_a_kill() {
                 let sandbox = sandbox();
                 let gateway = start_ready(&sandbox, guarded());
                 let (folder, first) = if is_killed {
-                    faults(&sandbox, json!({ "business": [{ "delay_ms": 60_000, "times": 1 }] }));
+                    script(&sandbox, Faults::business(Fault::delayed(60_000).times(1)));
                     let _held = hold(&sandbox, &gateway, key, BODY);
                     let first = newest(&gateway);
                     (gateway.kill(), first)
@@ -209,7 +209,7 @@ fn resolution_that_contradicts_the_known_outcome_is_rejected() {
     let gateway = start_ready(&sandbox, guarded());
     let succeeded = id(&gateway.post(&BODY.replace("954645333549048833", "1"))).to_owned();
     let first = leave_unknown(&sandbox, &gateway, KEY, BODY);
-    faults(&sandbox, json!({ "business": [{ "delay_ms": 60_000, "times": 1 }] }));
+    script(&sandbox, Faults::business(Fault::delayed(60_000).times(1)));
     let _held = hold(&sandbox, &gateway, "", &BODY.replace("954645333549048833", "2"));
     let (at_work, nobody) = (newest(&gateway), "01890a5d-ac96-774b-bcce-b302099a8057");
     let audit = gateway.audit_directory();

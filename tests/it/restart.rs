@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ccsqm_gateway::sandbox::Sandbox;
+use ccsqm_gateway::sandbox::{Fault, Faults, Sandbox};
 use tempfile::TempDir;
 
 use crate::support::*;
@@ -92,12 +92,7 @@ fn requests_in_flight_finish_before_the_next_process_takes_over() {
     let sandbox = sandbox();
     let (folder, socket) = activated(&sandbox);
     let mut gateway = serve_on(&folder, &socket);
-    sandbox
-        .faults(
-            serde_json::from_value(serde_json::json!({ "business": [{ "delay_ms": 700, "times": 1 }] }))
-                .unwrap(),
-        )
-        .unwrap();
+    script(&sandbox, Faults::business(Fault::delayed(700).times(1)));
     thread::scope(|scope| {
         let slow = scope.spawn(|| gateway.call());
         wait_for("the slow one", || (sandbox.requests().len() == 1).then_some(()));

@@ -1,6 +1,6 @@
 //! The sweep: after all that can happen, no secret stands in any place that a person or a machine reads.
 
-use serde_json::{Value, json};
+use ccsqm_gateway::sandbox::{Fault, Faults, Framing, Instead, Sandbox};
 
 use crate::support::*;
 
@@ -55,7 +55,7 @@ fn every_encoding_of_a_secret_is_detected() {
 }
 
 /// Everything that a gateway can go through, with the texts that it answered.
-fn go_through_everything(sandbox: &ccsqm_gateway::sandbox::Sandbox, gateway: &Gateway) -> String {
+fn go_through_everything(sandbox: &Sandbox, gateway: &Gateway) -> String {
     let own = format!(
         "authorization: Bearer {CALLERS_OWN}\r\nx-app-key: {CALLERS_OWN}\r\ncookie: {CALLERS_OWN}\r\n"
     );
@@ -69,16 +69,15 @@ fn go_through_everything(sandbox: &ccsqm_gateway::sandbox::Sandbox, gateway: &Ga
     }
     let unknown = head(BODY.len(), &own).replacen(PATH, "/nowhere", 1);
     replies.push(gateway.send(&unknown, BODY));
-    let script = |faults: Value| sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
     for fault in [
-        json!({ "instead": "reset" }),
-        json!({ "instead": "garbage" }),
-        json!({ "framing": "half_body" }),
-        json!({ "status": 500 }),
-        json!({ "status": 429 }),
-        json!({ "status": 401, "times": 1 }),
+        Fault::instead(Instead::Reset),
+        Fault::instead(Instead::Garbage),
+        Fault::framing(Framing::HalfBody),
+        Fault::status(500),
+        Fault::status(429),
+        Fault::status(401).times(1),
     ] {
-        script(json!({ "business": [fault] }));
+        script(sandbox, Faults::business(fault));
         replies.push(gateway.call());
     }
     // The endpoint refuses, breaks, and says nonsense that repeats the secret.
@@ -87,22 +86,25 @@ fn go_through_everything(sandbox: &ccsqm_gateway::sandbox::Sandbox, gateway: &Ga
     };
     let file = gateway.folder.path().join("app_secret");
     let echo = format!(r#"{{"AccessToken":"{SECRET}\u0000{REFUSED}","error":"{SECRET}"}}"#);
-    script(json!({ "token": [{ "status": 403, "body": echo, "times": 1 }, { "body": echo, "times": 1 }] }));
+    script(
+        sandbox,
+        Faults::token([Fault::status(403).with_body(&echo).times(1), Fault::body(&echo).times(1)]),
+    );
     std::fs::write(&file, REFUSED).unwrap();
     wait_for("the refused trial", || (changes() == 1).then_some(()));
     sandbox.secret("sandbox-app-key", ACCEPTED);
     std::fs::write(&file, format!("{ACCEPTED}\n")).unwrap();
-    script(json!({ "token": [{ "body": echo, "times": 1 }, { "instead": "garbage", "times": 1 }] }));
+    script(sandbox, Faults::token([Fault::body(&echo).times(1), Fault::instead(Instead::Garbage).times(1)]));
     sandbox.revoke();
     replies.push(gateway.call());
-    script(json!({}));
+    script(sandbox, Faults::default());
     wait_for("service", || {
         replies.push(gateway.call());
         (replies.last().unwrap().outcome() == "succeeded").then_some(())
     });
-    script(json!({ "business": [{ "status": 401 }] }));
+    script(sandbox, Faults::business(Fault::status(401)));
     replies.extend([gateway.call(), gateway.call()]);
-    script(json!({}));
+    script(sandbox, Faults::default());
     replies.iter().map(|reply| format!("{reply:?}\n")).collect()
 }
 

@@ -17,7 +17,7 @@ use std::{
     thread,
 };
 
-use ccsqm_gateway::sandbox::Sandbox;
+use ccsqm_gateway::sandbox::{Fault, Faults, Instead, Sandbox};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -190,8 +190,7 @@ const FILLING: u64 = KNOWN + 1000;
 
 /// A call of unknown outcome.
 fn lose(machine: &Machine, gateway: &Gateway, task: u64, key: &str) {
-    let lost = json!({ "business": [{ "times": 1, "instead": "reset" }] });
-    machine.sandbox.faults(serde_json::from_value(lost).unwrap()).unwrap();
+    script(&machine.sandbox, Faults::business(Fault::instead(Instead::Reset).times(1)));
     assert_eq!(call(gateway, task, key).outcome(), "unknown");
 }
 

@@ -12,14 +12,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ccsqm_gateway::sandbox::Sandbox;
-use serde_json::json;
+use ccsqm_gateway::sandbox::{Fault, Faults, Instead, Sandbox};
 use tempfile::TempDir;
 
-use crate::{
-    audit::{faults, verify},
-    support::*,
-};
+use crate::{audit::verify, support::*};
 
 /// A gateway, and the file that says what is to panic or to hang.
 fn start_faulty(sandbox: &Sandbox, workers: usize) -> (Gateway, PathBuf) {
@@ -56,7 +52,7 @@ fn end_of_any_part_drains_and_ends_the_process() {
         let (mut gateway, file) = start_faulty(&sandbox, workers);
         assert_eq!(gateway.call().outcome(), "succeeded", "{part}");
         fs::write(&file, "panic another part").unwrap();
-        faults(&sandbox, json!({ "business": [{ "delay_ms": 1000, "times": 1 }] }));
+        script(&sandbox, Faults::business(Fault::delayed(1000).times(1)));
         let before = sandbox.requests().len();
         let address = gateway.address;
         let under_way = thread::spawn(move || {
@@ -70,7 +66,7 @@ fn end_of_any_part_drains_and_ends_the_process() {
         assert_eq!(gateway.admin("/livez").status, 200, "{part}: the control");
         fs::write(&file, format!("panic {part}")).unwrap();
         if part == "the log" {
-            faults(&sandbox, json!({ "business": [{ "instead": "reset", "times": 1 }] }));
+            script(&sandbox, Faults::business(Fault::instead(Instead::Reset).times(1)));
             let _ = gateway.call(); // which is told
         }
         assert_eq!(gateway.wait().code(), Some(70), "{part}: {}", gateway.log());
@@ -105,7 +101,7 @@ fn hanging_loop_fails_livez_until_it_recovers() {
 /// A gateway with a call under way that the upstream answers after so many milliseconds.
 fn start_faulty_with_call(sandbox: &Sandbox, workers: usize, delay_ms: u64) -> (Gateway, PathBuf) {
     let (gateway, file) = start_faulty(sandbox, workers);
-    faults(sandbox, json!({ "business": [{ "delay_ms": delay_ms, "times": 1 }] }));
+    script(sandbox, Faults::business(Fault::delayed(delay_ms).times(1)));
     let address = gateway.address;
     thread::spawn(move || {
         let mut stream = TcpStream::connect(address).unwrap();

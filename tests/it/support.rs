@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ccsqm_gateway::sandbox::{Options, Sandbox};
+use ccsqm_gateway::sandbox::{Fault, Faults, Options, Sandbox};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -57,6 +57,23 @@ impl Setup {
 
 pub(crate) fn sandbox() -> Sandbox {
     Sandbox::start(Options { token_listener: true, ..Options::default() }).unwrap()
+}
+
+/// Sets what a sandbox does wrong from now on, instead of what was set before.
+pub(crate) fn script(sandbox: &Sandbox, faults: Faults) {
+    sandbox.faults(faults).unwrap();
+}
+
+/// What tells faults from the default one, for the message of a failed test.
+pub(crate) fn shown(faults: &[Fault]) -> String {
+    let fields = |fault: &Fault| serde_json::to_value(fault).unwrap();
+    let default = fields(&Fault::default());
+    let shown = faults.iter().map(|fault| {
+        let mut fault = fields(fault);
+        fault.as_object_mut().unwrap().retain(|name, value| *value != default[name]);
+        fault
+    });
+    Value::from_iter(shown).to_string()
 }
 
 /// A gateway on a sandbox, with limits and breaker out of the way, and without a look at equal bodies: tests send the same one

@@ -9,18 +9,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ccsqm_gateway::sandbox::{Options, Sandbox};
+use ccsqm_gateway::sandbox::{Fault, Faults, Habit, Options, Sandbox};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::support::*;
 
 /// Callers at once, for the rows that are about many.
 const MANY: usize = 1000;
-
-fn script(sandbox: &Sandbox, faults: Value) {
-    sandbox.faults(serde_json::from_value(faults).unwrap()).unwrap();
-}
 
 /// Many callers have a thousand sockets here and, inherited, in the gateway.
 fn allow_many_files() {
@@ -70,10 +66,10 @@ fn no_dead_token_was_sent(sandbox: &Sandbox) -> bool {
 #[test]
 fn one_thousand_callers_without_a_token_cause_one_token_call() {
     let sandbox = sandbox();
-    script(&sandbox, json!({ "token_down": true }));
+    script(&sandbox, Faults { token_down: true, ..Faults::default() });
     let gateway = start_for_many(&sandbox);
     let mut callers = connect(&gateway, MANY);
-    script(&sandbox, json!({ "token": [{ "delay_ms": 500 }] }));
+    script(&sandbox, Faults::token(Fault::delayed(500)));
     write_all(&mut callers);
     let answered = sandbox.token_calls().iter().any(|call| call.request.status.is_some());
     assert!(!answered, "all requests were written before the token call was answered");
@@ -115,7 +111,7 @@ fn second_401_starts_a_cooldown_that_uses_the_newest_token() {
                 && reply.headers.contains_key("retry-after")
         })
     };
-    script(&sandbox, json!({ "business": [{ "status": 401 }] }));
+    script(&sandbox, Faults::business(Fault::status(401)));
     let mut callers = connect(&gateway, 100);
     write_all(&mut callers);
     let replies = read_all(&mut callers);
@@ -136,7 +132,7 @@ fn second_401_starts_a_cooldown_that_uses_the_newest_token() {
     let outcomes = gateway.records("outcome", 201);
     assert!(outcomes[101..].iter().all(|outcome| outcome["attempts"] == 1), "{outcomes:?}");
 
-    script(&sandbox, json!({}));
+    script(&sandbox, Faults::default());
     assert_success(&gateway.call());
     assert_eq!(sandbox.token_calls().len(), 2);
     sandbox.revoke();
@@ -147,10 +143,10 @@ fn second_401_starts_a_cooldown_that_uses_the_newest_token() {
 #[test]
 fn reissued_refused_token_is_not_fetched_for_every_401() {
     let sandbox = sandbox();
-    script(&sandbox, json!({ "habit": "same_until_expiry" }));
+    script(&sandbox, Faults { habit: Habit::SameUntilExpiry, ..Faults::default() });
     let gateway = start(&sandbox);
     assert_success(&gateway.call());
-    script(&sandbox, json!({ "habit": "same_until_expiry", "business": [{ "status": 401 }] }));
+    script(&sandbox, Faults { habit: Habit::SameUntilExpiry, ..Faults::business(Fault::status(401)) });
     for _ in 0..3 {
         let reply = gateway.call();
         assert_eq!((reply.code(), reply.outcome()), ("credential_rejected", "refused"));
@@ -161,11 +157,11 @@ fn reissued_refused_token_is_not_fetched_for_every_401() {
 #[test]
 fn token_endpoint_outage_has_no_effect_until_the_token_expires() {
     let sandbox = sandbox();
-    script(&sandbox, json!({ "lifetime_ms": 4000 }));
+    script(&sandbox, Faults { lifetime_ms: Some(4000), ..Faults::default() });
     let begin = Instant::now();
     let gateway = start_with(&sandbox, Setup::default().set("token.wait", "300ms"));
     assert_success(&gateway.call());
-    script(&sandbox, json!({ "lifetime_ms": 4000, "token_down": true }));
+    script(&sandbox, Faults { lifetime_ms: Some(4000), token_down: true, ..Faults::default() });
     let mut served = 0;
     let refused = loop {
         let reply = gateway.call();
@@ -181,7 +177,7 @@ fn token_endpoint_outage_has_no_effect_until_the_token_expires() {
     assert_eq!((refused.status, refused.code(), refused.outcome()), (503, "token_unavailable", "not_sent"));
     assert!(refused.headers.contains_key("retry-after"));
     assert_eq!(sandbox.requests().len(), 1 + served, "the refused one was not sent");
-    script(&sandbox, json!({ "lifetime_ms": 4000 }));
+    script(&sandbox, Faults { lifetime_ms: Some(4000), ..Faults::default() });
     let back = Instant::now();
     wait_for("service", || (gateway.call().outcome() == "succeeded").then_some(()));
     let took = back.elapsed();
@@ -197,17 +193,17 @@ fn token_endpoint_outage_has_no_effect_until_the_token_expires() {
 #[test]
 fn gateway_handles_every_token_habit_under_load() {
     thread::scope(|scope| {
-        for habit in ["independent", "same_until_expiry", "last_wins"] {
-            scope.spawn(move || println!("{habit}: {}", survive(habit)));
+        for habit in [Habit::Independent, Habit::SameUntilExpiry, Habit::LastWins] {
+            scope.spawn(move || println!("{habit:?}: {}", survive(habit)));
         }
     });
 }
 
 /// Twenty seconds of load on one server's habit. Tells the figures.
-fn survive(habit: &str) -> String {
+fn survive(habit: Habit) -> String {
     const CALLERS: usize = 4;
     let sandbox = sandbox();
-    script(&sandbox, json!({ "habit": habit, "lifetime_ms": 6000 }));
+    script(&sandbox, Faults { habit, lifetime_ms: Some(6000), ..Faults::default() });
     let gateway = start(&sandbox);
     let begin = Instant::now();
     let served = AtomicU64::new(0);
@@ -216,7 +212,7 @@ fn survive(habit: &str) -> String {
             scope.spawn(|| {
                 while begin.elapsed() < Duration::from_secs(20) {
                     let reply = gateway.call();
-                    assert_eq!(reply.outcome(), "succeeded", "{habit}: {reply:?} {}", gateway.log());
+                    assert_eq!(reply.outcome(), "succeeded", "{habit:?}: {reply:?} {}", gateway.log());
                     served.fetch_add(1, Ordering::Relaxed);
                     thread::sleep(Duration::from_millis(10)); // leaves the machine to the other tests, too
                 }
@@ -227,15 +223,15 @@ fn survive(habit: &str) -> String {
     let outcomes = gateway.records("outcome", served);
     let replayed = outcomes.iter().filter(|outcome| outcome["attempts"] != 1).count();
     let fetches = sandbox.token_calls().len();
-    assert!(served > 500, "{habit}: {served} is no load");
-    assert!((4..=12).contains(&fetches), "{habit}: {fetches} token calls");
-    assert_eq!(outcomes.len(), served, "{habit}");
-    assert!(outcomes.iter().all(|outcome| outcome["outcome"] == "succeeded"), "{habit}");
-    assert_eq!(sandbox.tasks().len(), served, "{habit}");
+    assert!(served > 500, "{habit:?}: {served} is no load");
+    assert!((4..=12).contains(&fetches), "{habit:?}: {fetches} token calls");
+    assert_eq!(outcomes.len(), served, "{habit:?}");
+    assert!(outcomes.iter().all(|outcome| outcome["outcome"] == "succeeded"), "{habit:?}");
+    assert_eq!(sandbox.tasks().len(), served, "{habit:?}");
     // Its own next token ends the one before.
     let status = gateway.admin("/status").json();
-    assert!(status["credentials"][0]["contested"].is_null(), "{habit}: {status}");
-    if habit == "independent" {
+    assert!(status["credentials"][0]["contested"].is_null(), "{habit:?}: {status}");
+    if habit == Habit::Independent {
         assert!(no_dead_token_was_sent(&sandbox));
     }
     format!("{served} served, {replayed} replayed, {fetches} token calls")
@@ -267,7 +263,7 @@ fn call_both_while(gateways: &[Gateway], wait: impl FnOnce()) -> usize {
 fn gateways_that_contest_tokens_detect_it_and_back_off() {
     const SAID: &str = "somebody else fetches tokens with the same app key";
     let sandbox = sandbox();
-    script(&sandbox, json!({ "habit": "last_wins", "lifetime_ms": 30_000 }));
+    script(&sandbox, Faults { habit: Habit::LastWins, lifetime_ms: Some(30_000), ..Faults::default() });
     let setup = || Setup::default().set("token.wait", "6s");
     let gateways = [start_with(&sandbox, setup()), start_with(&sandbox, setup())];
     let contested = |gateway: &Gateway| gateway.admin("/status").json()["credentials"][0]["contested"].take();
@@ -362,16 +358,16 @@ fn read_message(stream: &mut TcpStream) -> Option<String> {
 #[test]
 fn calls_refused_with_any_token_start_no_contest_and_block_no_other() {
     thread::scope(|scope| {
-        for (habit, status) in [("independent", 403), ("last_wins", 401)] {
+        for (habit, status) in [(Habit::Independent, 403), (Habit::LastWins, 401)] {
             scope.spawn(move || refuse_some_of_many(habit, status));
         }
     });
 }
 
-fn refuse_some_of_many(habit: &str, status: u16) {
+fn refuse_some_of_many(habit: Habit, status: u16) {
     const BAD: usize = 6;
     let sandbox = sandbox();
-    script(&sandbox, json!({ "habit": habit }));
+    script(&sandbox, Faults { habit, ..Faults::default() });
     let way = Refusing::start(&sandbox, status);
     // In a contest, calls would wait for 10 s at least.
     let setup = Setup { base_url: Some(way.url()), token_url: Some(sandbox.token_url()), ..Setup::default() }
@@ -382,7 +378,7 @@ fn refuse_some_of_many(habit: &str, status: u16) {
     let good = |count: &AtomicUsize| {
         let begun = Instant::now();
         assert_success(&gateway.call());
-        assert!(begun.elapsed() < Duration::from_secs(8), "{habit}: {:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_secs(8), "{habit:?}: {:?}", begun.elapsed());
         count.fetch_add(1, Ordering::Relaxed);
     };
     let (begun, stop, count) = (Instant::now(), AtomicBool::new(false), AtomicUsize::new(1));
@@ -399,26 +395,26 @@ fn refuse_some_of_many(habit: &str, status: u16) {
         for _ in 0..BAD {
             let reply = gateway.post(&bad);
             let said = (reply.status, reply.code(), reply.outcome());
-            assert_eq!(said, (502, "credential_rejected", "refused"), "{habit}: {reply:?}");
+            assert_eq!(said, (502, "credential_rejected", "refused"), "{habit:?}: {reply:?}");
             good(&count); // ends the cool-down
         }
         stop.store(true, Ordering::Relaxed);
     });
     let count = count.into_inner();
-    assert_eq!(sandbox.tasks().len(), count, "{habit}");
+    assert_eq!(sandbox.tasks().len(), count, "{habit:?}");
     assert_eq!(
         sandbox.token_calls().len(),
         1 + BAD,
-        "{habit}: the control: each was sent with a fresh one, too"
+        "{habit:?}: the control: each was sent with a fresh one, too"
     );
     let outcomes = gateway.records("outcome", count + BAD);
     let refused: Vec<_> = outcomes.iter().filter(|outcome| outcome["outcome"] == "refused").collect();
     assert!(refused.len() == BAD && refused.iter().all(|outcome| outcome["attempts"] == 2), "{refused:?}");
     let status = gateway.admin("/status").json();
-    assert!(status["credentials"][0]["contested"].is_null(), "{habit}: {status}");
+    assert!(status["credentials"][0]["contested"].is_null(), "{habit:?}: {status}");
     let metrics = gateway.admin("/metrics").body;
-    assert!(metrics.contains("ccsqm_gateway_token_contested{credential=\"default\"} 0\n"), "{habit}");
-    assert!(!gateway.log().contains("somebody else fetches tokens"), "{habit}");
+    assert!(metrics.contains("ccsqm_gateway_token_contested{credential=\"default\"} 0\n"), "{habit:?}");
+    assert!(!gateway.log().contains("somebody else fetches tokens"), "{habit:?}");
 }
 
 #[test]
@@ -462,7 +458,7 @@ fn third_status_200_without_a_token_counts_as_a_refusal() {
         (json!({ "code": format!("no {secret}") }), "quotes the credential"),
     ] {
         let sandbox = sandbox();
-        script(&sandbox, json!({ "token": [{ "body": body.to_string() }] }));
+        script(&sandbox, Faults::token(Fault::body(body.to_string())));
         let gateway = start_with(&sandbox, Setup::default().set("token.wait", "20s"));
         let reply = gateway.call();
         let said = (reply.status, reply.code(), reply.outcome(), reply.json()["cause"].clone());
@@ -490,8 +486,8 @@ fn third_status_200_without_a_token_counts_as_a_refusal() {
 #[test]
 fn foreign_200_or_two_without_a_token_count_as_no_refusal() {
     let sandbox = sandbox();
-    let unreadable = json!({ "times": 3, "body": "<html>" });
-    script(&sandbox, json!({ "token": [unreadable, { "times": 2, "body": "{}" }] }));
+    let unreadable = Fault::body("<html>").times(3);
+    script(&sandbox, Faults::token([unreadable, Fault::body("{}").times(2)]));
     let gateway = start_with(&sandbox, Setup::default().set("token.wait", "30s"));
     assert_success(&gateway.call());
     assert_eq!(sandbox.token_calls().len(), 6);
@@ -503,9 +499,11 @@ fn token_too_short_to_search_for_is_reported_once() {
         let sandbox = sandbox();
         let token = |first: char| {
             let token = format!("{first}{}", "0".repeat(length - 1));
-            json!({ "with": { "AccessToken": token, "Expires": 2 }, "times": 1 })
+            let with =
+                Map::from_iter([("AccessToken".to_owned(), json!(token)), ("Expires".to_owned(), json!(2))]);
+            Fault { with, ..Fault::default().times(1) }
         };
-        script(&sandbox, json!({ "token": [token('a'), token('b'), token('c')] }));
+        script(&sandbox, Faults::token([token('a'), token('b'), token('c')]));
         let gateway = start(&sandbox);
         let new = |log: &str| log.matches("\"new token\"").count();
         wait_for("three tokens", || (new(&gateway.log()) >= 3).then_some(()));

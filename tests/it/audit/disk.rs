@@ -6,6 +6,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use ccsqm_gateway::sandbox::{Fault, Faults};
 use tempfile::TempDir;
 
 use super::*;
@@ -394,7 +395,7 @@ fn stop_with_an_unwritten_trail_reports_it_and_fails() {
         let (sandbox, disk) = (sandbox(), Disk::new());
         let mut gateway = start_with(&sandbox, disk.setup(durability));
         assert_eq!(gateway.call().outcome(), "succeeded", "{fault}");
-        faults(&sandbox, json!({ "business": [{ "delay_ms": 1000, "times": 1 }] }));
+        script(&sandbox, Faults::business(Fault::delayed(1000).times(1)));
         let reply = thread::scope(|scope| {
             let under_way = scope.spawn(|| gateway.call_once());
             wait_for("the call under way", || (sandbox.requests().len() == 2).then_some(()));

@@ -12,11 +12,11 @@ use std::{
 use ccsqm_gateway::{
     audit::chain::{Link, OPEN_LINKS, key_path},
     keyed_hash::{Keys, parse_hex},
-    sandbox::Sandbox,
+    sandbox::{Fault, Faults, Instead, Sandbox},
 };
 use serde_json::{Value, json};
 
-use super::{assert_refused, assert_resumed, faults, limit_files, outcomes, segments, text, verify};
+use super::{assert_refused, assert_resumed, limit_files, outcomes, segments, text, verify};
 use crate::{idempotency::until_keys_are_known, support::*};
 
 /// What `check` calls the least limit of [`small`], in bytes.
@@ -184,7 +184,7 @@ fn trail_continues_in_a_new_segment_at_the_file_size_limit() {
 
 /// A trail with so many calls of unknown outcome.
 fn with_unknown(sandbox: &Sandbox, count: usize) -> Arc<tempfile::TempDir> {
-    faults(sandbox, json!({ "business": [{ "instead": "reset", "times": 1 }] }));
+    script(sandbox, Faults::business(Fault::instead(Instead::Reset).times(1)));
     let gateway = start_with(sandbox, small(Setup::default()));
     until_keys_are_known(&gateway);
     assert_eq!(gateway.post_with("idempotency-key: first-of-many\r\n").outcome(), "unknown");
@@ -248,7 +248,7 @@ fn long_unresolved_list_leaves_room_under_the_least_file_size_limit() {
 
     // Where a new segment would have no more room than this one, none is begun.
     limit_files(&gateway, &(newest(&audit) + (1 << 20) + (200 << 10)).to_string());
-    faults(&sandbox, json!({ "business": [{ "times": 1, "delay_ms": 3_000 }] }));
+    script(&sandbox, Faults::business(Fault::delayed(3_000).times(1)));
     let sent = sandbox.requests().len();
     let mut in_flight = TcpStream::connect(gateway.address).unwrap();
     in_flight.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
@@ -282,7 +282,7 @@ fn sent_calls_get_outcomes_when_the_file_size_limit_blocks_new_ones() {
     let sandbox = sandbox();
     let gateway = start_with(&sandbox, Setup { through: under(u64::MAX >> 1), ..Setup::default() });
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
-    faults(&sandbox, json!({ "business": [{ "times": 1, "delay_ms": 2_000 }] }));
+    script(&sandbox, Faults::business(Fault::delayed(2_000).times(1)));
     let mut in_flight = TcpStream::connect(gateway.address).unwrap();
     in_flight.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
     wait_for("the request", || (sandbox.requests().len() == 2).then_some(()));
@@ -316,7 +316,7 @@ fn sent_calls_get_outcomes_when_no_new_segment_can_be_created() {
         assert_eq!(gateway.call().outcome(), "succeeded", "the control");
         let obstacle = gateway.audit_directory().join("segment.new"); // each is made by this name
         fs::create_dir(&obstacle).unwrap();
-        faults(&sandbox, json!({ "business": [{ "times": 1, "delay_ms": 6_000 }] }));
+        script(&sandbox, Faults::business(Fault::delayed(6_000).times(1)));
         let mut in_flight = TcpStream::connect(gateway.address).unwrap();
         in_flight.write_all((head(BODY.len(), "") + BODY).as_bytes()).unwrap();
         wait_for("the request", || (sandbox.requests().len() == 2).then_some(()));
@@ -401,7 +401,7 @@ fn low_file_size_limit_is_noted_and_a_too_low_one_fails_the_start() {
 fn audit_commands_exit_with_78_at_the_file_size_limit() {
     let sandbox = sandbox();
     let gateway = start(&sandbox);
-    faults(&sandbox, json!({ "business": [{ "instead": "reset", "times": 1 }] }));
+    script(&sandbox, Faults::business(Fault::instead(Instead::Reset).times(1)));
     let id = gateway.call().headers["x-gateway-request-id"].clone();
     gateway.records("outcome", 1);
     let folder = gateway.kill();

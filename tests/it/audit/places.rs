@@ -222,7 +222,7 @@ fn missing(audit: &Path, received: &HashMap<u64, Vec<Received>>) -> usize {
 }
 
 /// After a kill, after a start, and after a stop verification says the same.
-fn check(how: &str, folder: Arc<TempDir>, sandbox: &Sandbox, is_whole: bool) {
+fn check(how: &str, folder: &Arc<TempDir>, sandbox: &Sandbox, is_whole: bool) {
     let audit = folder.path().join("audit");
     for when in ["killed", "started", "stopped"] {
         let (whole, said) = verify(&audit);
@@ -246,7 +246,7 @@ fn run_noticed(loss: &Loss) {
     let missing = missing(&audit, &received);
     let sent = received.len();
     assert_eq!(missing > 0, loss.then == Then::Lost, "{}: {missing} of {sent} not on record", loss.how);
-    check(loss.how, folder, &sandbox, matches!(loss.then, Then::Restored | Then::Back));
+    check(loss.how, &folder, &sandbox, matches!(loss.then, Then::Restored | Then::Back));
 }
 
 /// Of a directory that is gone whole nothing tells the next start.
@@ -259,7 +259,7 @@ fn run_unnoticed(loss: &Loss) {
     let missing = missing(&audit, &received);
     let sent = received.len();
     assert_eq!(missing > 0, !loss.how.contains("lock file"), "{}: {missing} of {sent}", loss.how);
-    check(loss.how, folder, &sandbox, false);
+    check(loss.how, &folder, &sandbox, false);
 }
 
 #[test]

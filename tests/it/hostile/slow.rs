@@ -2,10 +2,10 @@
 
 use std::{io::Write, net::TcpStream};
 
-use serde_json::json;
+use ccsqm_gateway::sandbox::{Fault, Faults};
 
 use super::{BODY, Case, answers, chunked, converse, gateway, plain, prove, table, task, with_next};
-use crate::support::{PATH, Setup, sandbox, wait_for};
+use crate::support::{PATH, Setup, sandbox, script, wait_for};
 
 /// Cut in every part of a request.
 fn cuts(in_head: &[&'static str], in_body: &[&'static str]) -> Vec<Case> {
@@ -92,8 +92,7 @@ fn pipelined_task_is_not_sent_while_a_reply_is_unread() {
     let gateway = gateway(&sandbox, Setup::default().set("server.idle_timeout", "500ms"));
     let two = with_next(&plain());
     assert_eq!(answers(&converse(&gateway, &two, false)), ["200", "200"], "the control");
-    let long = json!({ "business": [{ "size": 30_000_000 }] });
-    sandbox.faults(serde_json::from_value(long).unwrap()).unwrap();
+    script(&sandbox, Faults::business(Fault::sized(30_000_000)));
     let mut stream = TcpStream::connect(gateway.address).unwrap();
     let others = two.replace(&task(0, 0), &task(0, 1)).replace(&task(1, 0), &task(1, 1));
     stream.write_all(others.as_bytes()).unwrap();

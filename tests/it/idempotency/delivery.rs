@@ -18,7 +18,7 @@ enum Leaves {
 }
 
 fn delayed(sandbox: &Sandbox, delay_ms: u64) {
-    faults(sandbox, json!([{ "times": 1, "delay_ms": delay_ms }]));
+    script(sandbox, Faults::business(Fault::delayed(delay_ms).times(1)));
 }
 
 /// Calls, and leaves once the upstream has the call and `after` is over.

@@ -17,6 +17,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use ccsqm_gateway::sandbox::Framing;
+
 use self::model::{Call, Ended, Mode, Model, Said};
 use super::*;
 use crate::audit::{segments, text, verify};
@@ -51,17 +53,17 @@ impl Random {
     }
 
     /// What the upstream does with a call, and how the call ends by that.
-    fn fault(&mut self) -> (Value, Ended) {
+    fn fault(&mut self) -> (Fault, Ended) {
         match self.below(12) {
-            0 => (json!({ "instead": "reset" }), Ended::Unknown),
-            1 => (json!({ "framing": "half_body" }), Ended::Unknown),
-            2 => (json!({ "status": 503, "body": "busy" }), Ended::Unknown),
-            3 => (json!({ "status": 429 }), Ended::Refused),
-            4 => (json!({ "status": 500 }), Ended::Failed),
-            5 => (json!({ "status": 500, "body": "<html>" }), Ended::Unknown),
-            6 => (json!({ "code": { "failure": "0409001" } }), Ended::Failed),
-            7 | 8 => (json!({ "delay_ms": 10 + self.below(40) }), Ended::Succeeded),
-            _ => (json!({}), Ended::Succeeded),
+            0 => (Fault::instead(Instead::Reset), Ended::Unknown),
+            1 => (Fault::framing(Framing::HalfBody), Ended::Unknown),
+            2 => (Fault::status(503).with_body("busy"), Ended::Unknown),
+            3 => (Fault::status(429), Ended::Refused),
+            4 => (Fault::status(500), Ended::Failed),
+            5 => (Fault::status(500).with_body("<html>"), Ended::Unknown),
+            6 => (Fault::failure("0409001"), Ended::Failed),
+            7 | 8 => (Fault::delayed(10 + self.below(40)), Ended::Succeeded),
+            _ => (Fault::default(), Ended::Succeeded),
         }
     }
 }
@@ -240,15 +242,11 @@ impl Block {
     /// Sets what the next calls meet. Returns how they may end: in any way while an earlier call may still be on its
     /// way and take what is meant for another one.
     fn meet(&mut self, count: usize) -> Vec<Ended> {
-        let faults_and_ends: Vec<_> = (0..count).map(|_| self.random.fault()).collect();
-        let (script, ends): (Vec<_>, Vec<_>) = faults_and_ends.into_iter().unzip();
-        let script = script.into_iter().map(|mut fault| {
-            fault["times"] = json!(1);
-            fault
-        });
-        let script: Vec<_> = script.collect();
-        self.note(&script);
-        faults(&self.sandbox, json!(script));
+        let faults_and_ends = (0..count).map(|_| self.random.fault());
+        let (faults, ends): (Vec<_>, Vec<_>) =
+            faults_and_ends.map(|(fault, end)| (fault.times(1), end)).unzip();
+        self.note(format_args!("{}", shown(&faults)));
+        script(&self.sandbox, Faults::business(faults));
         let is_quiet = self.subjects.iter().all(|subject| subject.model.is_quiet());
         if is_quiet { ends } else { Ended::ALL.to_vec() }
     }
@@ -354,7 +352,7 @@ impl Block {
             return self.call(subject);
         }
         let (delay, resets) = (100 + self.random.below(100), self.random.is_one_in(2));
-        faults(&self.sandbox, json!([{ "times": 1, "delay_ms": delay }]));
+        script(&self.sandbox, Faults::business(Fault::delayed(delay).times(1)));
         self.note(("leaves once received", subject, &call, delay, resets));
         let task = self.subjects[subject].task;
         let (begun, before) = (Instant::now(), self.received(task));
@@ -412,7 +410,7 @@ impl Block {
     fn start(&mut self, folder: Option<Arc<TempDir>>, was_killed: bool) {
         self.mode = self.random.mode();
         self.note(("starts", self.mode, was_killed));
-        faults(&self.sandbox, json!([]));
+        script(&self.sandbox, Faults::default());
         self.gateway = Some(start_in(&self.sandbox, folder, self.mode));
         self.read_trail();
         for subject in &mut self.subjects {

@@ -9,6 +9,8 @@ use std::{
     },
 };
 
+use ccsqm_gateway::sandbox::Then;
+
 use super::*;
 
 const CALLERS: usize = 16;
@@ -33,25 +35,21 @@ struct Load {
 }
 
 /// Of 40 calls seven meet a fault of their own.
-fn script() -> Value {
+fn seven_of_40() -> Faults {
     let faults = [
-        json!({ "instead": "reset" }),
-        json!({ "status": 503, "body": "busy" }),
-        json!({ "status": 500, "body": "{}" }),
-        json!({ "then": { "close_idle_ms": 0 } }),
-        json!({ "status": 429 }),
-        json!({ "code": { "failure": "0409001" } }),
-        json!({ "delay_ms": 900 }),
+        Fault::instead(Instead::Reset),
+        Fault::status(503).with_body("busy"),
+        Fault::status(500).with_body("{}"),
+        Fault::then(Then::CloseIdle(0)),
+        Fault::status(429),
+        Fault::failure("0409001"),
+        Fault::delayed(900),
     ];
-    let due = |round: usize, place: usize, fault: &Value| {
-        let mut fault = fault.clone();
-        (fault["after"], fault["times"]) = (json!(round * 40 + place * 5 + 3), json!(1));
-        fault
+    let round = |round: u64| {
+        let places = (round * 40 + 3..).step_by(5);
+        faults.clone().into_iter().zip(places).map(|(fault, place)| fault.after(place).times(1))
     };
-    let round = |round| {
-        faults.iter().enumerate().map(move |(place, fault)| due(round, place, fault)).collect::<Vec<_>>()
-    };
-    json!((0..20).flat_map(round).collect::<Vec<_>>())
+    Faults::business((0..20).flat_map(round).collect::<Vec<_>>())
 }
 
 impl Load {
@@ -106,7 +104,7 @@ fn kill_and_start(
 ) -> (Option<Arc<TempDir>>, usize) {
     let (mut folder, mut kills) = (None, 0);
     while load.settled() < load.keys {
-        faults(sandbox, script());
+        script(sandbox, seven_of_40());
         let gateway = start_keyed(sandbox, Setup { folder: folder.take(), ..setup() });
         *load.gateway.lock().unwrap() = Some(gateway.address);
         let enough = (load.settled() + KILL_EVERY.max(load.keys / 200)).min(load.keys);

@@ -3,12 +3,10 @@
 
 use std::net::TcpStream;
 
-use ccsqm_gateway::sandbox::Sandbox;
-use serde_json::json;
+use ccsqm_gateway::sandbox::{Fault, Faults, Instead, Sandbox};
 
 use super::{caught, triggers::*};
 use crate::{
-    audit::faults,
     callers::{call_from, caller},
     support::*,
 };
@@ -70,12 +68,12 @@ impl First {
     ) -> (String, Option<TcpStream>) {
         match self {
             Self::AtWork => {
-                faults(sandbox, json!({ "business": [{ "delay_ms": 60_000, "times": 1 }] }));
+                script(sandbox, Faults::business(Fault::delayed(60_000).times(1)));
                 let held = hold(sandbox, gateway, key, body);
                 (newest(gateway), Some(held))
             }
             Self::Unknown => {
-                faults(sandbox, json!({ "business": [{ "instead": "reset", "times": 1 }] }));
+                script(sandbox, Faults::business(Fault::instead(Instead::Reset).times(1)));
                 let first = gateway.send(&head(body.len(), key), body);
                 assert_eq!(first.outcome(), "unknown", "{first:?}");
                 (id(&first).to_owned(), None)
@@ -305,7 +303,7 @@ fn forced_duplicate_is_sent_once_with_and_without_a_key() {
         let gateway = guarded(&sandbox, "guard");
         let call =
             |key: &str, force: &str| gateway.send(&head(body(1).len(), &(key.to_owned() + force)), &body(1));
-        let lose = || faults(&sandbox, json!({ "business": [{ "instead": "reset", "times": 1 }] }));
+        let lose = || script(&sandbox, Faults::business(Fault::instead(Instead::Reset).times(1)));
         lose();
         let first = call("", "");
         assert_eq!(first.outcome(), "unknown");
@@ -337,8 +335,8 @@ fn forced_duplicate_is_sent_once_with_and_without_a_key() {
 }
 
 /// The next calls meet these faults, or none.
-fn lose(sandbox: &Sandbox, times: usize) {
-    faults(sandbox, json!({ "business": [{ "instead": "reset", "times": times }] }));
+fn lose(sandbox: &Sandbox, times: u64) {
+    script(sandbox, Faults::business(Fault::instead(Instead::Reset).times(times)));
 }
 
 /// The first body under test, with these headers.
@@ -362,12 +360,12 @@ fn unresolved_keyed_call_is_forced_once_with_or_without_its_key() {
     for is_lost in [false, true] {
         let sandbox = sandbox();
         let gateway = guarded(&sandbox, "guard");
-        lose(&sandbox, 1 + usize::from(is_lost));
+        lose(&sandbox, 1 + u64::from(is_lost));
         let first = call(&gateway, KEY_A);
         let successor = call(&gateway, &force(id(&first)));
         let outcome = if is_lost { "unknown" } else { "succeeded" };
         assert_eq!((first.outcome(), successor.outcome()), ("unknown", outcome), "{successor:?}");
-        faults(&sandbox, json!({}));
+        script(&sandbox, Faults::default());
         until_on_record(&gateway, 3);
         // Of a successor that is open the call is told; one that succeeded leaves the doubt of the key as it is.
         let expected = match is_lost {
@@ -474,7 +472,7 @@ fn force_must_name_a_call_of_the_same_caller_and_route() {
         let setup =
             Setup { caller: setup.caller.replace("routes = [\"app", "routes = [\"other\", \"app"), ..setup };
         let gateway = start_ready(&sandbox, setup.set("idempotency.without_key", "guard"));
-        faults(&sandbox, json!({ "business": [{ "instead": "reset", "times": 3 }] }));
+        script(&sandbox, Faults::business(Fault::instead(Instead::Reset).times(3)));
         let of_another_caller = gateway.call();
         let here = |headers: &str| call_from("127.0.0.2", &gateway, headers);
         let of_another_route = elsewhere(&gateway, &other_path);

@@ -9,17 +9,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ccsqm_gateway::sandbox::Sandbox;
-use serde_json::{Value, json};
+use ccsqm_gateway::sandbox::{Fault, Faults, Instead, Sandbox};
 use tempfile::TempDir;
 
 use super::Trial;
-use crate::{
-    audit::{disk::Disk, faults},
-    exchange::leave_by,
-    idempotency::until_keys_are_known,
-    support::*,
-};
+use crate::{audit::disk::Disk, exchange::leave_by, idempotency::until_keys_are_known, support::*};
 
 pub(crate) const KEY: &str = "idempotency-key: the-key\r\n";
 
@@ -111,7 +105,7 @@ pub(super) fn draining(key: &str) -> Trial {
     let sandbox = sandbox();
     let gateway = start_ready(&sandbox, Setup::default());
     assert_eq!(gateway.call().outcome(), "succeeded");
-    faults(&sandbox, json!({ "business": [{ "delay_ms": 3000 }] }));
+    script(&sandbox, Faults::business(Fault::delayed(3000)));
     let in_flight = hold(&sandbox, &gateway, "", BODY);
     let request = head(BODY.len(), key) + BODY;
     let mut begun = TcpStream::connect(gateway.address).unwrap();
@@ -131,7 +125,7 @@ pub(super) fn draining(key: &str) -> Trial {
 pub(super) fn overloaded(key: &str) -> Trial {
     let sandbox = sandbox();
     let gateway = start_ready(&sandbox, Setup::default().set("server.max_in_flight", 2));
-    faults(&sandbox, json!({ "business": [{ "delay_ms": 60_000 }] }));
+    script(&sandbox, Faults::business(Fault::delayed(60_000)));
     let held = [0; 2].map(|_| hold(&sandbox, &gateway, "", BODY));
     observe(sandbox, gateway, |gateway| gateway.post_with(key)).holding(held)
 }
@@ -150,7 +144,7 @@ pub(super) fn overloaded_upstream(key: &str) -> Trial {
     let setup = Setup::default().set("server.workers", 1).set("upstream.max_connections", 1);
     let sandbox = sandbox();
     let gateway = start_ready(&sandbox, setup.set("upstream.connect_timeout", "300ms"));
-    faults(&sandbox, json!({ "business": [{ "delay_ms": 60_000 }] }));
+    script(&sandbox, Faults::business(Fault::delayed(60_000)));
     let held = hold(&sandbox, &gateway, "", BODY);
     observe(sandbox, gateway, |gateway| gateway.post_with(key)).holding(held)
 }
@@ -166,19 +160,19 @@ pub(super) fn rate_limited(key: &str) -> Trial {
 
 pub(super) fn quota_exhausted(key: &str) -> Trial {
     let setup = Setup::default().set("quota.rate", "1/h").set("quota.burst", 1);
-    with_first(key, setup, json!([]), "")
+    with_first(key, setup, Vec::new(), "")
 }
 
 pub(super) fn upstream_suspended(key: &str) -> Trial {
     let setup = Setup::default().set("upstream.breaker_failures", 1).set("upstream.breaker_pause", "1m");
-    with_first(key, setup, json!([{ "status": 503 }]), "")
+    with_first(key, setup, vec![Fault::status(503)], "")
 }
 
 /// Another call goes before the one that is looked at, and meets faults.
-fn with_first(key: &str, setup: Setup, business: Value, headers: &str) -> Trial {
+fn with_first(key: &str, setup: Setup, business: Vec<Fault>, headers: &str) -> Trial {
     let sandbox = sandbox();
     let gateway = start_ready(&sandbox, setup);
-    faults(&sandbox, json!({ "business": business }));
+    script(&sandbox, Faults::business(business));
     gateway.post_with(headers);
     observe(sandbox, gateway, |gateway| gateway.post_with(key))
 }
@@ -215,7 +209,7 @@ pub(super) fn idempotency_unavailable(key: &str) -> Trial {
     if key.is_empty() {
         return too_many_doubts();
     }
-    with_first(key, Setup::default().set("idempotency.max_keys", 1), json!([]), "idempotency-key: other\r\n")
+    with_first(key, Setup::default().set("idempotency.max_keys", 1), Vec::new(), "idempotency-key: other\r\n")
 }
 
 /// Half of what can be remembered, for a caller that is not alone.
@@ -227,7 +221,7 @@ fn too_many_doubts() -> Trial {
     let other = crate::callers::caller("other", "127.0.0.2/32", "");
     let setup = Setup { caller: other, ..Setup::default() };
     let gateway = start_ready(&sandbox, setup.set("idempotency.without_key", "guard"));
-    faults(&sandbox, json!({ "business": [{ "instead": "reset" }] }));
+    script(&sandbox, Faults::business(Fault::instead(Instead::Reset)));
     thread::scope(|scope| {
         for caller in 0..CALLERS {
             let gateway = &gateway;
@@ -244,7 +238,7 @@ fn too_many_doubts() -> Trial {
 
 pub(super) fn token_unavailable(key: &str) -> Trial {
     let sandbox = sandbox();
-    faults(&sandbox, json!({ "token_down": true }));
+    script(&sandbox, Faults { token_down: true, ..Faults::default() });
     let gateway = start_ready(&sandbox, Setup::default().set("token.wait", "100ms"));
     observe(sandbox, gateway, |gateway| gateway.post_with(key))
 }
@@ -255,14 +249,14 @@ pub(super) fn token_unavailable_after_a_refusal(key: &str) -> Trial {
     let gateway = start_ready(&sandbox, setup);
     assert_eq!(gateway.call().outcome(), "succeeded");
     sandbox.revoke();
-    faults(&sandbox, json!({ "token_down": true }));
+    script(&sandbox, Faults { token_down: true, ..Faults::default() });
     observe(sandbox, gateway, |gateway| gateway.post_with(key))
 }
 
 /// A caller that closes its own side while its request waits has left, but may still read.
 pub(super) fn caller_left(key: &str) -> Trial {
     let sandbox = sandbox();
-    faults(&sandbox, json!({ "token": [{ "instead": "hang" }] }));
+    script(&sandbox, Faults::token(Fault::instead(Instead::Hang)));
     let gateway = start_ready(&sandbox, Setup::default().set("token.wait", "30s"));
     let mut stream = TcpStream::connect(gateway.address).unwrap();
     stream.write_all((head(BODY.len(), key) + BODY).as_bytes()).unwrap();
@@ -286,7 +280,7 @@ pub(super) fn credential_rejected(key: &str) -> Trial {
     let sandbox = sandbox();
     let gateway = start_ready(&sandbox, Setup::default());
     assert_eq!(gateway.call().outcome(), "succeeded");
-    faults(&sandbox, json!({ "business": [{ "status": 401 }] }));
+    script(&sandbox, Faults::business(Fault::status(401)));
     observe(sandbox, gateway, |gateway| gateway.post_with(key))
 }
 
@@ -429,7 +423,7 @@ pub(super) fn duplicate_of_an_unknown_one(key: &str) -> Trial {
 fn at_work(first_key: &str, key: &str, mode: &str) -> Trial {
     let sandbox = sandbox();
     let gateway = start_ready(&sandbox, Setup::default().set("idempotency.without_key", mode));
-    faults(&sandbox, json!({ "business": [{ "delay_ms": 60_000, "times": 1 }] }));
+    script(&sandbox, Faults::business(Fault::delayed(60_000).times(1)));
     let held = hold(&sandbox, &gateway, first_key, BODY);
     let first = newest(&gateway);
     observe(sandbox, gateway, |gateway| gateway.post_with(key)).about(&first).holding(held)
@@ -438,7 +432,7 @@ fn at_work(first_key: &str, key: &str, mode: &str) -> Trial {
 fn after_unknown(first_key: &str, key: &str, mode: &str) -> Trial {
     let sandbox = sandbox();
     let gateway = start_ready(&sandbox, Setup::default().set("idempotency.without_key", mode));
-    faults(&sandbox, json!({ "business": [{ "instead": "reset", "times": 1 }] }));
+    script(&sandbox, Faults::business(Fault::instead(Instead::Reset).times(1)));
     let first = gateway.post_with(first_key);
     assert_eq!(first.outcome(), "unknown", "{first:?}");
     observe(sandbox, gateway, |gateway| gateway.post_with(key)).about(id(&first))
@@ -458,7 +452,7 @@ pub(super) fn leave_undelivered_by(
     key: &str,
     body: &str,
 ) -> String {
-    faults(sandbox, json!({ "business": [{ "delay_ms": 200, "times": 1 }] }));
+    script(sandbox, Faults::business(Fault::delayed(200).times(1)));
     leave_by(way, hold(sandbox, gateway, key, body));
     let first = newest(gateway);
     let outcome = wait_for("the outcome", || {
@@ -499,7 +493,7 @@ pub(super) fn replayed_after_resolution(key: &str) -> Trial {
 fn after_resolution(first_key: &str, key: &str) -> Trial {
     let sandbox = sandbox();
     let gateway = start_ready(&sandbox, Setup::default().set("idempotency.without_key", "guard"));
-    faults(&sandbox, json!({ "business": [{ "instead": "reset", "times": 1 }] }));
+    script(&sandbox, Faults::business(Fault::instead(Instead::Reset).times(1)));
     let first = gateway.post_with(first_key);
     let audit = gateway.audit_directory();
     let resolved = command(&["audit", "resolve", audit.to_str().unwrap(), id(&first), "done", "--by", "Ann"]);
@@ -522,7 +516,7 @@ pub(super) fn answer_not_on_record(key: &str) -> Trial {
     let gateway = start_ready(&sandbox, setup);
     assert_eq!(gateway.call().outcome(), "succeeded");
     gateway.records("outcome", 1);
-    faults(&sandbox, json!({ "business": [{ "delay_ms": 500, "times": 1 }] }));
+    script(&sandbox, Faults::business(Fault::delayed(500).times(1)));
     let before = sandbox.requests().len();
     let mut stream = hold(&sandbox, &gateway, key, BODY);
     disk.ask_for("fail-writes", "5");
@@ -535,26 +529,26 @@ pub(super) fn upstream_timeout(key: &str) -> Trial {
     let setup = Setup::default().set("upstream.timeout", "500ms").set("upstream.connect_timeout", "500ms");
     let sandbox = sandbox();
     let gateway = start_ready(&sandbox, setup);
-    faults(&sandbox, json!({ "business": [{ "instead": "hang" }] }));
+    script(&sandbox, Faults::business(Fault::instead(Instead::Hang)));
     observe(sandbox, gateway, |gateway| gateway.post_with(key))
 }
 
 pub(super) fn upstream_broken(key: &str) -> Trial {
-    passed(key, r#"{"instead":"reset"}"#)
+    passed(key, Fault::instead(Instead::Reset))
 }
 
 /// The upstream answers as the fault says.
-pub(super) fn passed(key: &str, fault: &str) -> Trial {
+pub(super) fn passed(key: &str, fault: Fault) -> Trial {
     let sandbox = sandbox();
     let gateway = start_ready(&sandbox, Setup::default());
-    faults(&sandbox, json!({ "business": [serde_json::from_str::<Value>(fault).unwrap()] }));
+    script(&sandbox, Faults::business(fault));
     observe(sandbox, gateway, |gateway| gateway.post_with(key))
 }
 
-pub(super) fn replayed(key: &str, fault: &str) -> Trial {
+pub(super) fn replayed(key: &str, fault: Fault) -> Trial {
     let sandbox = sandbox();
     let gateway = start_ready(&sandbox, Setup::default());
-    faults(&sandbox, json!({ "business": [serde_json::from_str::<Value>(fault).unwrap()] }));
+    script(&sandbox, Faults::business(fault));
     let first = gateway.post_with(key);
     observe(sandbox, gateway, |gateway| gateway.post_with(key)).about(id(&first))
 }
@@ -566,7 +560,7 @@ pub(super) fn dry_run(key: &str) -> Trial {
 pub(super) fn dry_run_of_a_duplicate(key: &str) -> Trial {
     let sandbox = sandbox();
     let gateway = start_ready(&sandbox, Setup::default().set("idempotency.without_key", "guard"));
-    faults(&sandbox, json!({ "business": [{ "instead": "reset", "times": 1 }] }));
+    script(&sandbox, Faults::business(Fault::instead(Instead::Reset).times(1)));
     let first = gateway.call();
     observe(sandbox, gateway, |gateway| rehearse(gateway, key, BODY)).about(id(&first))
 }
