@@ -874,12 +874,8 @@ fn flood_of_rejected_requests_adds_under_a_megabyte_and_is_counted() {
 #[test]
 fn unknown_peer_refusals_stay_in_budget_and_displace_no_caller_ones() {
     let sandbox = sandbox();
-    let folder = start(&sandbox).kill();
-    let config = folder.path().join("gateway.toml");
-    let text = fs::read_to_string(&config).unwrap();
-    let text = text.replace("\"loopback\"", "\"127.0.0.1/32\"") + "[audit]\nstranger_refusals = \"64KiB\"\n";
-    fs::write(&config, text).unwrap();
-    let mut gateway = serve(&folder);
+    let setup = Setup { peer: "127.0.0.1/32", ..Setup::default() };
+    let mut gateway = start_with(&sandbox, setup.set("audit.stranger_refusals", "64KiB"));
     assert_eq!(gateway.call().outcome(), "succeeded", "the control");
     let audit = gateway.audit_directory();
     let size = || segments(&audit).iter().map(|path| fs::metadata(path).unwrap().len()).sum::<u64>();
@@ -924,11 +920,8 @@ fn unknown_peer_refusals_stay_in_budget_and_displace_no_caller_ones() {
 #[test]
 fn early_rejection_of_a_caller_is_recorded_under_its_name() {
     let sandbox = sandbox();
-    let folder = start(&sandbox).kill();
-    let config = folder.path().join("gateway.toml");
-    let settings = fs::read_to_string(&config).unwrap().replace("\"loopback\"", "\"127.0.0.1/32\"");
-    fs::write(&config, settings.replace("[server]\n", "[server]\nmax_in_flight = 1\n")).unwrap();
-    let mut gateway = serve(&folder);
+    let setup = Setup { peer: "127.0.0.1/32", ..Setup::default() };
+    let mut gateway = start_with(&sandbox, setup.set("server.max_in_flight", 1));
     let stranger = Ipv4Addr::new(127, 1, 2, 3);
     let ask = |mut stream: TcpStream, request: &str| {
         stream.write_all(request.as_bytes()).unwrap();

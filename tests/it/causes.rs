@@ -548,10 +548,10 @@ fn refusal_record_describes_the_error_to_fix() {
     assert_eq!(reply.outcome(), "succeeded", "the control");
     assert!(gateway.records("intent", 1)[0]["names"].is_null());
 
-    let (setup, path) = with_other_route(&caller("other", "127.0.0.2/32", ""));
+    let setup = with_other_route(&caller("other", "127.0.0.2/32", ""));
     let gateway = start_with(&sandbox, setup);
-    let record = refused(&gateway, gateway.send(&head(2, "").replace(PATH, &path), "{}"));
-    assert_eq!((&record["code"], &record["path"]), (&json!("route_denied"), &json!(path)), "{record}");
+    let record = refused(&gateway, gateway.send(&head(2, "").replace(PATH, OTHER_PATH), "{}"));
+    assert_eq!((&record["code"], &record["path"]), (&json!("route_denied"), &json!(OTHER_PATH)), "{record}");
 }
 
 #[test]

@@ -1001,7 +1001,7 @@ fn strict_json_matches_serde_json_minus_repeats_and_deep_nesting() {
 }
 
 /// A gateway whose appointQualityTask has another contract.
-fn start_with_contract(sandbox: &ccsqm_gateway::sandbox::Sandbox, contract: &Value) -> Gateway {
+pub(crate) fn start_with_contract(sandbox: &ccsqm_gateway::sandbox::Sandbox, contract: &Value) -> Gateway {
     let folder = std::sync::Arc::new(tempfile::TempDir::new().unwrap());
     std::fs::write(folder.path().join("other.json"), contract.to_string()).unwrap();
     let caller = "[[routes]]\nname = \"appointQualityTask\"\ncontract_file = \"other.json\"\n".to_owned();

@@ -52,8 +52,7 @@ fn start_with_files(sandbox: &Sandbox, through: Vec<String>, folder: &Arc<TempDi
     let more = ", client_ca_file = \"ca.pem\", client_crl_file = \"revoked.pem\"";
     let caller = listener(folder, &ca.issue(SERVER), more)
         + &caller("console", "dns:batch.qa.internal", "")
-        + "[[routes]]\nname = \"other\"\npath = \"/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/other\"\n\
-           contract_file = \"contract.json\"\nsuccess_codes = [\"0\"]\n";
+        + OTHER_ROUTE;
     script(sandbox, Faults { lifetime_ms: Some(4000), ..Faults::default() });
     let address = crate::egress::guard(&ca, sandbox.address());
     let setup = Setup {

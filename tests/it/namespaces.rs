@@ -13,7 +13,10 @@ use std::{
 
 use tempfile::TempDir;
 
-use crate::support::*;
+use crate::{
+    callers::{caller, unix_listener},
+    support::*,
+};
 
 /// A process in a user namespace with these maps. It is killed on drop.
 struct Namespaced(Child);
@@ -50,15 +53,9 @@ fn configured(sandbox: &ccsqm_gateway::sandbox::Sandbox, peers: &[&str]) -> Arc<
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let config = folder.path().join("gateway.toml");
     let mut text = fs::read_to_string(&config).unwrap();
-    text += &format!(
-        "[[listeners]]\naddress = \"unix:{}\"\nmode = \"0666\"\n",
-        folder.path().join("gateway.sock").display()
-    );
+    text += &unix_listener(&folder.path().join("gateway.sock"));
     for (number, peer) in peers.iter().enumerate() {
-        text += &format!(
-            "[[callers]]\nname = \"caller-{number}\"\npeer = \"{peer}\"\noperator_id = \"7\"\ncredential = \"default\"\n\
-             routes = [\"appointQualityTask\"]\n"
-        );
+        text += &caller(&format!("caller-{number}"), peer, "");
     }
     fs::write(&config, text).unwrap();
     folder

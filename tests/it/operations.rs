@@ -13,7 +13,10 @@ use std::{
 use ccsqm_gateway::sandbox::{Fault, Faults};
 use serde_json::json;
 
-use crate::support::*;
+use crate::{
+    callers::{caller, unix_listener},
+    support::*,
+};
 
 #[test]
 fn readiness_waits_for_the_first_token_and_reports_it() {
@@ -143,13 +146,7 @@ fn unix_socket_caller_is_identified_by_the_kernel() {
     let folder = std::sync::Arc::new(tempfile::TempDir::new().unwrap());
     let socket = folder.path().join("gateway.sock");
     let me = String::from_utf8(Command::new("id").arg("-u").output().unwrap().stdout).unwrap();
-    let known = |uid: &str| {
-        format!(
-            "[[listeners]]\naddress = \"unix:{}\"\nmode = \"0666\"\n[[callers]]\nname = \"by-uid\"\npeer = \"uid:{uid}\"\n\
-             operator_id = \"7\"\ncredential = \"default\"\nroutes = [\"appointQualityTask\"]\n",
-            socket.display()
-        )
-    };
+    let known = |uid: &str| unix_listener(&socket) + &caller("by-uid", &format!("uid:{uid}"), "");
     let call = || {
         let mut stream = UnixStream::connect(&socket).unwrap();
         // Any Host will do: who reaches the socket is named by the kernel.
@@ -195,11 +192,7 @@ fn only_the_primary_group_of_a_process_identifies_a_caller() {
     }
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let socket = folder.path().join("gateway.sock");
-    let caller = format!(
-        "[[listeners]]\naddress = \"unix:{}\"\nmode = \"0666\"\n[[callers]]\nname = \"by-gid\"\npeer = \"gid:4343\"\n\
-         operator_id = \"7\"\ncredential = \"default\"\nroutes = [\"appointQualityTask\"]\n",
-        socket.display()
-    );
+    let caller = unix_listener(&socket) + &caller("by-gid", "gid:4343", "");
     let _gateway = start_with(&sandbox, Setup { caller, folder: Some(folder), ..Setup::default() });
     for (groups, is_caller) in
         [(["--regid=4242", "--groups=4343"], false), (["--regid=4343", "--groups=4242"], true)]

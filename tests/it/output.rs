@@ -5,14 +5,13 @@ use std::{
     fs,
     io::Read,
     process::{Command, Output, Stdio},
-    sync::Arc,
 };
 
 use ccsqm_gateway::sandbox::{Fault, Faults, Instead};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use crate::support::*;
+use crate::{contract::start_with_contract, support::*};
 
 /// Runs a command of the binary with its streams redirected as a shell does it.
 fn redirected(args: &[String], redirection: &str) -> Output {
@@ -172,10 +171,7 @@ fn commands_escape_characters_that_control_a_terminal() {
         "properties": { "task": { "type": "string", "x-audit": "task" } }
     });
     let told = |text: &str| {
-        let folder = Arc::new(TempDir::new().unwrap());
-        fs::write(folder.path().join("other.json"), contract.to_string()).unwrap();
-        let caller = "[[routes]]\nname = \"appointQualityTask\"\ncontract_file = \"other.json\"\n".to_owned();
-        let gateway = start_with(&sandbox, Setup { folder: Some(folder), caller, ..Setup::default() });
+        let gateway = start_with_contract(&sandbox, &contract);
         let reply = serde_json::json!({ "resultCode": text }).to_string();
         script(
             &sandbox,

@@ -23,14 +23,9 @@ fn start_quoted(sandbox: &Sandbox, set: &[(&'static str, &str)]) -> (Gateway, [S
     sandbox.secret(APP_KEY, APP_SECRET);
     fs::write(folder.path().join("app_key"), APP_KEY).unwrap();
     fs::write(folder.path().join("app_secret"), APP_SECRET).unwrap();
-    let config = folder.path().join("gateway.toml");
-    let mut text = fs::read_to_string(&config).unwrap().replace("level = \"info\"", "level = \"debug\"");
-    for (key, value) in set {
-        let (table, key) = key.split_once('.').unwrap();
-        text = text.replace(&format!("[{table}]\n"), &format!("[{table}]\n{key} = {value}\n"));
-    }
-    fs::write(&config, text).unwrap();
-    let gateway = serve(&folder);
+    let set: Vec<_> =
+        set.iter().chain(&[("log.level", "debug")]).map(|(key, value)| (*key, (*value).to_owned())).collect();
+    let gateway = serve_with(&folder, &[], &set, &[]);
     wait_for("the keys", || gateway.log().contains("Idempotency-Keys of the window are known").then_some(()));
     assert_eq!(gateway.call().outcome(), "succeeded");
     let token = sandbox.token_calls().last().unwrap().issued.clone().unwrap();

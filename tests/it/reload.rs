@@ -186,15 +186,10 @@ fn changed_configuration_or_contract_file_is_reloaded() {
         replace(&folder.path().join("contract.json"), text.as_bytes());
     };
     contract("integer");
-    let path = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/other";
-    let config = format!(
-        "[[routes]]\nname = \"other\"\npath = \"{path}\"\ncontract_file = \"contract.json\"\nsuccess_codes = [\"0\"]\n\
-         {}",
-        caller("other", "127.0.0.2/32", "")
-    );
+    let config = OTHER_ROUTE.to_owned() + &caller("other", "127.0.0.2/32", "");
     let gateway =
         start_with(&sandbox, Setup { caller: config, folder: Some(folder.clone()), ..Setup::default() });
-    let call = || gateway.send(&head(7, "").replacen(PATH, path, 1), r#"{"a":1}"#);
+    let call = || gateway.send(&head(7, "").replacen(PATH, OTHER_PATH, 1), r#"{"a":1}"#);
     assert_eq!(call().code(), "route_denied");
     edit(&gateway, "routes = [\"appointQualityTask\"]", "routes = [\"appointQualityTask\", \"other\"]");
     wait_for("the new route", || (call().code() != "route_denied").then_some(()));

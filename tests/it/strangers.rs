@@ -19,7 +19,7 @@ use tempfile::TempDir;
 
 use crate::{
     audit::connect_from,
-    callers::{CALLER, Ca, start_with_certificates},
+    callers::{CALLER, Ca, caller, start_with_certificates, unix_listener},
     support::*,
 };
 
@@ -111,11 +111,7 @@ fn metric(gateway: &Gateway, line: &str) -> u64 {
 #[test]
 fn silent_unknown_peers_over_tcp_block_no_caller() {
     let sandbox = sandbox();
-    let folder = start(&sandbox).kill();
-    let config = folder.path().join("gateway.toml");
-    let text = fs::read_to_string(&config).unwrap();
-    fs::write(&config, text.replace("\"loopback\"", "\"127.0.0.1/32\"")).unwrap();
-    let gateway = serve(&folder);
+    let gateway = start_with(&sandbox, Setup { peer: "127.0.0.1/32", ..Setup::default() });
     let port = gateway.address.port().to_string();
     // All callers are behind one address, and hold more connections than all strangers may.
     let kept: Vec<_> = (0..400).map(|_| TcpStream::connect(gateway.address).unwrap()).collect();
@@ -144,12 +140,8 @@ fn silent_unknown_peers_on_a_unix_socket_block_no_caller() {
     let folder = Arc::new(TempDir::new().unwrap());
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let socket = folder.path().join("gateway.sock");
-    let caller = format!(
-        "[[listeners]]\naddress = \"unix:{}\"\nmode = \"0666\"\n[[callers]]\nname = \"by-uid\"\npeer = \"uid:0\"\n\
-         operator_id = \"7\"\ncredential = \"default\"\nroutes = [\"appointQualityTask\"]\nrate_limit = \"1000000/s\"\n\
-         burst = 1000000\n",
-        socket.display()
-    );
+    let caller =
+        unix_listener(&socket) + &caller("by-uid", "uid:0", "rate_limit = \"1000000/s\"\nburst = 1000000");
     let gateway = start_with(&sandbox, Setup { caller, folder: Some(folder), ..Setup::default() });
     let _silent = silent(4242, ["unix", socket.to_str().unwrap(), "-", &SILENT.to_string(), "1"]);
     good_calls("strangers over a Unix socket", || {
@@ -169,13 +161,10 @@ fn unknown_peers_leave_callers_room_for_overload_replies() {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
     let sandbox = sandbox();
-    let folder = start(&sandbox).kill();
-    let config = folder.path().join("gateway.toml");
-    let text = fs::read_to_string(&config).unwrap().replace("\"loopback\"", "\"127.0.0.1/32\"");
+    let setup = Setup { peer: "127.0.0.1/32", ..Setup::default() };
     // Of so many connections strangers get 64.
-    let bounds = "[server]\nmax_connections = 1024\nheader_timeout = \"5m\"\n";
-    fs::write(&config, text.replace("[server]\n", bounds)).unwrap();
-    let gateway = serve(&folder);
+    let setup = setup.set("server.max_connections", 1024).set("server.header_timeout", "5m");
+    let gateway = start_with(&sandbox, setup);
     let kept: Vec<_> = (0..1024).map(|_| TcpStream::connect(gateway.address).unwrap()).collect();
     wait_for("the callers", || (metric(&gateway, "connections") >= 1024).then_some(()));
     assert_eq!(gateway.call_once().code(), "overloaded", "the control");

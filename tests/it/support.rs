@@ -18,6 +18,16 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 pub(crate) const PATH: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/appointQualityTask";
+/// The path of `OTHER_ROUTE`.
+pub(crate) const OTHER_PATH: &str = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/other";
+/// A second route. Its contract lies in the folder.
+pub(crate) const OTHER_ROUTE: &str = r#"
+[[routes]]
+name = "other"
+path = "/apiaccess/CCSQM/rest/ccisqm/v1/qualitytask/other"
+contract_file = "contract.json"
+success_codes = ["0"]
+"#;
 pub(crate) const BODY: &str = r#"{"qualityTaskId":"954645333549048833","setCountsType":1,"isTakeEffect":0,"setCounts":[{"personID":"1600226476732482572","count":2}]}"#;
 pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_ccsqm-gateway");
 
@@ -39,6 +49,10 @@ pub(crate) struct Setup {
     pub(crate) token_url: Option<String>,
     pub(crate) set: Vec<(&'static str, String)>,
     pub(crate) caller: String,
+    /// Who the caller is; empty: whoever calls from this machine.
+    pub(crate) peer: &'static str,
+    /// The caller's `rate_limit` and `burst`.
+    pub(crate) limit: Option<(&'static str, u32)>,
     /// The credential's name; empty: `default`.
     pub(crate) credential: &'static str,
     pub(crate) folder: Option<Arc<TempDir>>,
@@ -87,6 +101,8 @@ pub(crate) fn start_with(sandbox: &Sandbox, setup: Setup) -> Gateway {
     let base_url = setup.base_url.unwrap_or_else(|| sandbox.url());
     let token_url = setup.token_url.unwrap_or_else(|| sandbox.token_url());
     let credential = if setup.credential.is_empty() { "default" } else { setup.credential };
+    let peer = if setup.peer.is_empty() { "loopback" } else { setup.peer };
+    let (rate_limit, burst) = setup.limit.unwrap_or(("1000000/s", 1_000_000));
     let options = Options::default();
     fs::write(folder.path().join("app_key"), &options.app_key).unwrap();
     fs::write(folder.path().join("app_secret"), &options.app_secret).unwrap();
@@ -116,12 +132,12 @@ app_key_file = "app_key"
 app_secret_file = "app_secret"
 [[callers]]
 name = "qa-console"
-peer = "loopback"
+peer = "{peer}"
 operator_id = "1611917095665261978"
 credential = "{credential}"
 routes = ["appointQualityTask"]
-rate_limit = "1000000/s"
-burst = 1000000
+rate_limit = "{rate_limit}"
+burst = {burst}
 {}
 "#,
         setup.caller
@@ -160,7 +176,8 @@ pub(crate) fn spawn(mut command: Command, folder: &Arc<TempDir>) -> Gateway {
     Gateway::spawn(command, folder.clone())
 }
 
-fn serve_with(
+/// A gateway with the configuration that lies in a folder, by a command that becomes it, with overrides and further flags.
+pub(crate) fn serve_with(
     folder: &Arc<TempDir>,
     through: &[String],
     set: &[(&str, String)],

@@ -7,6 +7,7 @@ use std::{
 };
 
 use super::*;
+use crate::callers::{caller, unix_listener};
 
 /// How a caller leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -150,12 +151,8 @@ fn caller_disconnect_on_a_unix_socket_is_detected() {
     let sandbox = sandbox();
     let folder = Arc::new(TempDir::new().unwrap());
     let path = folder.path().join("gateway.sock");
-    let uid = rustix::process::getuid().as_raw();
-    let caller = format!(
-        "[[listeners]]\naddress = \"unix:{}\"\n[[callers]]\nname = \"local\"\npeer = \"uid:{uid}\"\noperator_id = \"1\"\n\
-         credential = \"default\"\nroutes = [\"appointQualityTask\"]\nrate_limit = \"1000/s\"\nburst = 1000\n",
-        path.display()
-    );
+    let uid = format!("uid:{}", rustix::process::getuid().as_raw());
+    let caller = unix_listener(&path) + &caller("local", &uid, "rate_limit = \"1000/s\"\nburst = 1000");
     let setup = Setup { folder: Some(folder), caller, ..Setup::default() };
     let gateway = start_with(&sandbox, setup.set("idempotency.without_key", "guard"));
     gateway.post(&other_body()); // there is a token

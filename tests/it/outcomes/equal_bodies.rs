@@ -468,14 +468,14 @@ fn call_in_flight_is_not_repeated_by_force() {
 fn force_must_name_a_call_of_the_same_caller_and_route() {
     for key in ["", KEY_A] {
         let sandbox = sandbox();
-        let (setup, other_path) = with_other_route(&caller("other", "127.0.0.2/32", ""));
+        let setup = with_other_route(&caller("other", "127.0.0.2/32", ""));
         let setup =
             Setup { caller: setup.caller.replace("routes = [\"app", "routes = [\"other\", \"app"), ..setup };
         let gateway = start_ready(&sandbox, setup.set("idempotency.without_key", "guard"));
         script(&sandbox, Faults::business(Fault::instead(Instead::Reset).times(3)));
         let of_another_caller = gateway.call();
         let here = |headers: &str| call_from("127.0.0.2", &gateway, headers);
-        let of_another_route = elsewhere(&gateway, &other_path);
+        let of_another_route = elsewhere(&gateway, OTHER_PATH);
         let first = here("");
         for lost in [&of_another_caller, &of_another_route, &first] {
             assert_eq!(lost.outcome(), "unknown", "{lost:?}");

@@ -47,18 +47,6 @@ pub(crate) fn start_ready(sandbox: &Sandbox, setup: Setup) -> Gateway {
     gateway
 }
 
-/// A gateway whose configuration is the usual one with one text replaced.
-pub(super) fn start_edited(sandbox: &Sandbox, from: &str, to: &str) -> Gateway {
-    let folder = start(sandbox).kill();
-    let config = folder.path().join("gateway.toml");
-    let text = fs::read_to_string(&config).unwrap();
-    assert!(text.contains(from), "{text}");
-    fs::write(&config, text.replacen(from, to, 1)).unwrap();
-    let gateway = serve(&folder);
-    until_keys_are_known(&gateway);
-    gateway
-}
-
 /// A call that waits for its answer: returns when the upstream has received it.
 pub(crate) fn hold(sandbox: &Sandbox, gateway: &Gateway, headers: &str, body: &str) -> TcpStream {
     let before = sandbox.requests().len();
@@ -151,8 +139,7 @@ pub(super) fn overloaded_upstream(key: &str) -> Trial {
 
 pub(super) fn rate_limited(key: &str) -> Trial {
     let sandbox = sandbox();
-    let limit = |rate: &str, burst: u32| format!("rate_limit = \"{rate}\"\nburst = {burst}\n");
-    let gateway = start_edited(&sandbox, &limit("1000000/s", 1_000_000), &limit("1/h", 1));
+    let gateway = start_ready(&sandbox, Setup { limit: Some(("1/h", 1)), ..Setup::default() });
     // Once: a call that the trail is late for counts, too.
     assert_ne!(gateway.call_once().code(), "rate_limited");
     observe(sandbox, gateway, |gateway| gateway.post_with(key))
@@ -289,26 +276,20 @@ pub(super) fn browser_refused(key: &str) -> Trial {
 }
 
 pub(super) fn caller_denied(key: &str) -> Trial {
-    let sandbox = sandbox();
-    let gateway = start_edited(&sandbox, "peer = \"loopback\"", "peer = \"127.0.0.2/32\"");
-    observe(sandbox, gateway, |gateway| gateway.post_with(key))
+    with_setup(key, Setup { peer: "127.0.0.2/32", ..Setup::default() }, Gateway::post_with)
 }
 
 /// A second route, for callers of whom `caller` tells.
-pub(crate) fn with_other_route(caller: &str) -> (Setup, String) {
+pub(crate) fn with_other_route(caller: &str) -> Setup {
     let folder = Arc::new(TempDir::new().unwrap());
     let contract = format!("{}/config/contracts/appointQualityTask.json", env!("CARGO_MANIFEST_DIR"));
     fs::copy(contract, folder.path().join("contract.json")).unwrap();
-    let path = PATH.replace("appointQualityTask", "other");
-    let route = format!(
-        "[[routes]]\nname = \"other\"\npath = \"{path}\"\ncontract_file = \"contract.json\"\nsuccess_codes = [\"0\"]\n"
-    );
-    (Setup { caller: route + caller, folder: Some(folder), ..Setup::default() }, path)
+    Setup { caller: OTHER_ROUTE.to_owned() + caller, folder: Some(folder), ..Setup::default() }
 }
 
 pub(super) fn route_denied(key: &str) -> Trial {
-    let (setup, path) = with_other_route(&crate::callers::caller("other", "127.0.0.2/32", ""));
-    with_setup(key, setup, |gateway, key| altered(gateway, key, PATH, &path))
+    let setup = with_other_route(&crate::callers::caller("other", "127.0.0.2/32", ""));
+    with_setup(key, setup, |gateway, key| altered(gateway, key, PATH, OTHER_PATH))
 }
 
 pub(super) fn operator_denied(key: &str) -> Trial {
