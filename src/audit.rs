@@ -5,6 +5,9 @@
 //! durability `disk`, fdatasync must have returned after the write, too: only then is the record *durable*. A
 //! committed record survives `kill -9` of this process; a durable one also survives a crash of the machine.
 //!
+//! A request that is to be sent has two records: the *intent* before it is sent, and the *outcome* after it. A request
+//! that is answered without being sent has one record, a *refusal*; replayed requests and dry runs count as refusals here.
+//!
 //! Guarantees:
 //!
 //! * An intent is committed before the first byte goes to the upstream (*write-ahead*).
@@ -193,8 +196,8 @@ impl Audit {
     /// Waits for a permit to reserve an upstream connection and queue an intent.
     ///
     /// Only some of a worker's requests hold a permit at a time, so that few connections are in use and their memory
-    /// stays in the processor's cache. While the writer falls behind, each request gets an empty permit at once: the
-    /// more records wait, the more one write commits.
+    /// stays in the processor's cache. While the writer falls behind, the number is not limited, and each request gets
+    /// its permit at once: the more records wait, the more one write commits.
     ///
     /// Cancellation safe: a request that stops waiting leaves the queue for permits.
     pub async fn permit(&self) -> Permit<'_> {
@@ -281,8 +284,8 @@ impl Audit {
         self.shared().unresolved()
     }
 
-    /// Damage at the end of the trail that the chain cannot show: records or files that the lock file names and that
-    /// the start did not find.
+    /// Damage that the chain cannot show: the start did not find the lock file, or did not find a segment or a record
+    /// that the lock file names.
     pub fn damage(&self) -> &[Damage] {
         &self.0.damage
     }
@@ -318,9 +321,9 @@ impl Audit {
         Ok(())
     }
 
-    /// Finds the segment from which a reader must start to miss no record younger than `within`. Returns its index in
-    /// `segments`, and the [`Ages`] for the records from its first line on. `segments` are all segments of this trail,
-    /// oldest first. Fails if a segment cannot be read.
+    /// Finds the segment at which a reader must begin in order to read all records younger than `within`. Returns its
+    /// index in `segments`, and the [`Ages`] for the records from its first line on. `segments` are all segments of this
+    /// trail, oldest first. Fails if a segment cannot be read.
     pub fn ages(&self, segments: &[PathBuf], within: Duration) -> io::Result<(usize, Ages)> {
         self.0.clocks.ages().since(segments, within, self.keys())
     }

@@ -75,12 +75,12 @@ pub struct Violations {
     pub total: usize,
 }
 
-/// One violation. It quotes no value of the body; the only text of the caller's in it is the name of an unknown key, cut at 64
-/// bytes.
+/// One violation. It quotes no value of the body. The only text that it takes from the body is the name of an unknown key, cut
+/// at 64 bytes.
 // Values may be personal data, and violations are written to the audit record and to the logs of callers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
-    /// The place in the body, as a plain JSON Pointer (RFC 6901); empty for the whole body.
+    /// The place in the body, as a JSON Pointer that is no URI fragment (RFC 6901 §3); empty for the whole body.
     pub pointer: String,
     /// The keyword of the contract that is broken, or [`MAY_BE_ROUNDED`] or [`MUST_BE_STRING`].
     pub code: &'static str,
@@ -122,8 +122,8 @@ impl Contract {
         self.audit.iter().map(|member| member.name.as_str())
     }
 
-    /// Returns the contract with the way in which each audit member (`x-audit`) is written to the trail: in clear, as a
-    /// keyed hash, or not at all. `redaction` decides this by the name of the member.
+    /// Sets how each audit member (`x-audit`) is written to the trail: in clear, as a keyed hash, or not at all. Calls
+    /// `redaction` with the name of each member to learn which. Returns the changed contract.
     // Not part of `compile`: the schema belongs to the API, but what to redact belongs to the `[audit]` table of this gateway.
     #[must_use]
     pub fn redacted(mut self, redaction: impl Fn(&str) -> Redaction) -> Self {

@@ -24,7 +24,7 @@ pub(super) enum ListChange {
     Outcome {
         id: Uuid,
         outcome: Outcome,
-        /// Whether the caller repeats a call of unknown outcome by force.
+        /// Whether the call repeats a call of unknown outcome, as its caller demanded by `Idempotency-Force`.
         is_forced: bool,
     },
     Event {

@@ -61,7 +61,7 @@ struct Request {
 }
 
 impl CommitWaiters {
-    /// Makes the waiters of one worker, none so far. `vital` supervises the waking task.
+    /// Makes an empty collection of waiters for one worker. `vital` supervises the waking task.
     pub(super) fn new(vital: Option<Vital>) -> Self {
         Self {
             permits: Semaphore::new(MAX_CONCURRENT_INTENTS),
@@ -132,7 +132,7 @@ impl CommitWaiters {
         .await
     }
 
-    /// Wakes the worker's task after a commit. Called by the writer, on its thread.
+    /// Wakes the waking task after a commit, if any request waits. Called by the writer, on its thread.
     pub(super) fn more_is_committed(&self) {
         // A worker without waiting requests sleeps on: the wake-up is a system call. The lock is not held while
         // waking.

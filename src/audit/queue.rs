@@ -126,7 +126,7 @@ struct Queue {
     aggregator: RefusalAggregator,
 }
 
-/// Which calls in earlier segments a new segment's list of unresolved calls must contain.
+/// What the writer knows of calls in earlier segments that a new segment's list of unresolved calls must contain.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Carried {
     /// Whether there are calls at work: their intent is committed and their outcome is not.

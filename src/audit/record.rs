@@ -56,7 +56,7 @@ pub struct IntendedRecord {
 pub struct ExchangeResult {
     /// Whether the upstream executed what the call asked for.
     pub outcome: Outcome,
-    /// The code of the problem, if the gateway answers with one of its own.
+    /// The code of the gateway's own answer; `None` if the caller gets the upstream's reply.
     pub code: Option<Code>,
     /// The cause, if the upstream or the token endpoint failed.
     pub cause: Option<Cause>,
@@ -162,7 +162,7 @@ impl OpenRecord {
         self.set(|_, facts| facts.first = Some(first));
     }
 
-    /// Marks the call as one that repeats a call of unknown outcome by force.
+    /// Marks the call as one that repeats a call of unknown outcome, as its caller demanded by `Idempotency-Force`.
     pub fn forced(&mut self) {
         self.set(|_, facts| facts.is_forced = true);
     }

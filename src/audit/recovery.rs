@@ -257,9 +257,9 @@ fn is_repeated(path: &Path, offset: u64, next: &Path) -> io::Result<bool> {
 }
 
 impl TrailState {
-    /// Returns the state before `segment` is read: the position in the chain that its first record states for the
-    /// record before it. The state is the default for the first segment of a trail, for `None`, and if that record
-    /// cannot be parsed.
+    /// Returns the state from which `segment` is read. It holds the number and the hash of the record before the
+    /// segment, as the segment's first record states them. The state is the default for the first segment of a trail,
+    /// for `None`, and if the segment's first record cannot be parsed.
     fn begin(segment: Option<&PathBuf>) -> io::Result<Self> {
         let before = match segment.filter(|path| first_seq(path) > 1) {
             Some(path) => retention::before(path)?,

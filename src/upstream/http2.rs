@@ -3,8 +3,8 @@
 //! Guarantees that
 //!
 //! * no stream is opened beyond the limit that the upstream announced;
-//! * no stream is opened on a connection that is closed, has been idle for too long, was verified with root certificates
-//!   that are no longer in use, has received nothing after a request, or on which the upstream contradicted itself;
+//! * no stream is opened on a connection that is closed, idle for too long, verified with root certificates that are no
+//!   longer in use, silent from a request to the end of its stream, or on which the upstream contradicted itself;
 //! * a request counts as sent, unless hyper never wrote it, or the upstream said that it was not processed (RFC 9113
 //!   §8.7 and §6.8) and did not contradict itself: [`super::frames`] says what a contradiction is.
 //!
@@ -180,13 +180,13 @@ impl Connections {
 /// closed at once, whatever the upstream does.
 #[derive(Debug)]
 pub(super) struct Connection {
-    /// The task that runs [`dispatch`]. It may end after a GOAWAY while streams are still open.
+    /// The task that runs [`dispatch`]. After a GOAWAY it may end while bodies of replies are still to come.
     // tests/hyper.rs: goaway_ends_the_handover_while_streams_are_open
     dispatch: AbortHandle,
     _driver: Driver,
     /// A duplicate of the socket, to ask the kernel whether there is something to read.
     probe: OwnedFd,
-    /// The generation of the root certificates that the upstream was verified with.
+    /// The number of the root certificates that the upstream was verified with: [`crate::connect::Connector::generation`].
     pub(super) generation: u64,
     reads: Arc<Reads>,
     /// The limit on streams that the upstream announced last.

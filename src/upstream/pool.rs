@@ -152,7 +152,7 @@ struct Idle {
 
 impl Idle {
     /// Returns whether the connection must not be reused: it has been idle for `idle_timeout` nanoseconds, it is
-    /// closed, or its root certificates are of another generation than `generation`.
+    /// closed, or the number of its root certificates is not `generation`.
     fn is_unusable(&self, idle_timeout: u64, generation: u64) -> bool {
         // `upstream.idle_timeout` should be below the idle time-out of the server: a request that crosses the
         // server's FIN is lost, and whether it was processed is unknown.
@@ -172,7 +172,7 @@ struct Connection {
     written: Arc<AtomicU64>,
     /// A duplicate of the socket, to ask the kernel whether the upstream closed it: hyper owns the other one.
     probe: OwnedFd,
-    /// The generation of the root certificates that the upstream was verified with.
+    /// The number of the root certificates that the upstream was verified with: see [`Connector::generation`].
     generation: u64,
 }
 

@@ -40,7 +40,8 @@ struct ServiceRate {
     /// For how long at least one request has waited in this window, up to `since`. Times without a waiter do not
     /// count, so it can be less than the age of the window.
     took: u64,
-    /// The service intervals of the last two windows, the older one first; 0 for a window that has not ended.
+    /// The service intervals of the last two windows that have ended, the older one first; 0 in place of a window that
+    /// does not exist yet.
     each: [u64; 2],
     /// Whether the last wait timed out, and no waiter has been served after it.
     is_stalled: bool,
@@ -53,7 +54,8 @@ impl ServiceRate {
         Self { size: size.max(1) as u64, since: 0, served: 0, took: 0, each: [0, 0], is_stalled: false }
     }
 
-    /// Starts to measure, at the arrival of a waiter that finds no other.
+    /// Sets `since` when a waiter joins an empty line, so that the time without a waiter is not counted. The present
+    /// window goes on.
     fn begin(&mut self, now: u64) {
         self.since = now;
     }
@@ -100,8 +102,9 @@ impl WaitQueue {
     /// Waits for `what`, for at most `max_wait`. Returns `None` if the wait took too long, or at once if it is
     /// expected to.
     ///
-    /// The first waiter in line is always admitted: the service interval is measured with admitted waiters only. If
-    /// the future is dropped, the place in line becomes free and nothing is measured.
+    /// The first waiter in line is always admitted. Only admitted waiters are measured, so without this rule a long
+    /// service interval would never become shorter again. If the future is dropped, the place in line becomes free and
+    /// nothing is measured.
     pub(super) async fn wait<T>(&self, max_wait: Duration, what: impl Future<Output = T>) -> Option<T> {
         // The place is a guard, so that a waiter whose caller disconnects does not stay in the count.
         let position = Position::behind(&self.waiting);

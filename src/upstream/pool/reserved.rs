@@ -41,7 +41,8 @@ impl PooledConnection {
         Self { pool, transport: Some(transport), timer, reserved: clock::turn(), clean: true }
     }
 
-    /// Waits until a request can be sent: until the previous exchange on the connection is over.
+    /// Waits until a request can be sent. On an unshared connection the previous exchange must be over. On a shared one
+    /// the wait is at most one turn of the event loop.
     ///
     /// The caller must send the request without another wait. This function checks last that the root certificates with
     /// which the upstream was verified are still in use; during a wait they could be replaced.
@@ -147,7 +148,7 @@ impl PooledConnection {
         self.timer.take().unwrap_or_default()
     }
 
-    /// Stores the timer, so that the next exchange on the connection finds it.
+    /// Puts the timer back, so that a later exchange can use it.
     pub fn keep_timer(&mut self, timer: Timer) {
         self.timer = Some(timer);
     }
@@ -156,7 +157,7 @@ impl PooledConnection {
     /// has sent bytes on an idle HTTP/1.1 connection.
     ///
     /// For HTTP/1.1 this costs a system call in the turn of the event loop in which the connection was reserved. In any
-    /// later turn the event loop has polled all sockets, so that hyper knows.
+    /// later turn the event loop has polled all sockets, so that hyper has noticed the close or the bytes.
     pub fn is_stale(&self) -> bool {
         match &self.transport {
             Some(Transport::Http1(connection, _)) if clock::turn() == self.reserved => {
@@ -168,8 +169,9 @@ impl PooledConnection {
         }
     }
 
-    /// Returns whether the upstream closed the connection, or denied on it that it processed a request which it had
-    /// answered. Does not check the root certificates: [`PooledConnection::ready`] does.
+    /// Returns whether the connection takes no further request. Either it is closed, or the upstream said over HTTP/2 that
+    /// it had not processed a request, although it answered that request. Does not check the root certificates:
+    /// [`PooledConnection::ready`] does.
     pub fn is_closed(&self) -> bool {
         match &self.transport {
             Some(Transport::Http1(connection, _)) => connection.sender.is_closed(),
