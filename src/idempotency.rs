@@ -1,13 +1,14 @@
 //! Stage 5: deduplication. A call that is sent twice becomes one task at the upstream, which itself is not idempotent.
 //!
-//! Two tables decide, from the key and the body alone, before a token is spent:
+//! Two tables decide whether a call is sent. They do so before the call needs a token or counts against the quota:
 //!
 //! * [`claims`] maps each `Idempotency-Key` to its call, for the configured window. The call is sent once. A repetition gets the
 //!   stored reply (it is *replayed*), or is refused while the first call is at work or its outcome is unknown.
 //! * [`duplicates`] compares calls by caller, route, operator and body, with and without keys. It finds an equal call that is at
 //!   work, has an unknown outcome, or succeeded without its caller having received the answer. The setting `without_key`
 //!   ([`WithoutKey`]) chooses whether the new call is then refused or only *flagged*: sent, with a reply that names the equal
-//!   call. Under `block` a recent success refuses an equal call, too. `off` and `require_key` compare nothing.
+//!   call. This table also remembers recent successes of calls without a key. An equal call without a key is then flagged, or
+//!   refused under `block`. `off` and `require_key` compare nothing.
 //!
 //! A key within the window is never evicted: a full table refuses new keys, and after a start no key is accepted before the
 //! audit trail has been read ([`rebuild`]). Stored replies may be evicted; a replay then names the result code only.

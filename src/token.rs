@@ -104,7 +104,7 @@ pub enum NoUsableToken {
     /// No token came within `token.wait`, or the endpoint's `Retry-After` allows no fetch within that time.
     #[error("no token came in time")]
     Unavailable {
-        /// Why the last fetch failed; [`Cause::Timeout`] if it succeeded, or if no fetch has ended yet.
+        /// Why the last fetch with the secret in use failed; [`Cause::Timeout`] if it succeeded, or if none has ended yet.
         cause: Cause,
         /// The value of `Retry-After`.
         retry_after: Duration,
@@ -181,7 +181,7 @@ struct Fetches {
     /// The number of the last fetch that answered waiting requests. One that failed with a changed secret usually answers none.
     ended: u64,
     held: Option<Held>,
-    /// Why the last fetch failed; `None` after a success.
+    /// Why the last fetch with the secret in use failed; `None` after a success.
     failed: Option<Cause>,
     had_token: bool,
 }
@@ -198,7 +198,7 @@ struct ActiveToken {
     took: Duration,
     /// Whether it is out of use: the upstream refused it, and no fetch has ended after that.
     invalidated: AtomicBool,
-    /// Whether the route that refused it had accepted it before, and no fetch of this gateway can have ended it.
+    /// Whether the upstream had accepted it earlier on the refused call's route, and no fetch of this gateway can have ended it.
     had_worked: AtomicBool,
 }
 
@@ -280,8 +280,8 @@ impl Slot {
         }
     }
 
-    /// Returns a usable token: at once if the slot has one, else as soon as a fetch brings one. Waits at most `token.wait`; fails
-    /// sooner if a refused credential or the endpoint's `Retry-After` rules out a fetch in that time. Cancellation safe.
+    /// Returns a usable token: at once if the slot has one, else as soon as a fetch brings one. Waits at most `token.wait`. Fails
+    /// sooner in the pause after a refused credential, or if `Retry-After` allows no fetch in that time. Cancellation safe.
     pub async fn token(&self) -> Result<Token, NoUsableToken> {
         if let Some(token) = self.current() {
             return Ok(token);
@@ -296,8 +296,8 @@ impl Slot {
     }
 
     /// Returns a token newer than generation `refused`, which the upstream refused. Concurrent calls share one fetch, even one
-    /// that is under way. Waits at most `token.wait`; cancellation safe. `had_worked`: the route had accepted the refused token
-    /// before, and [`Slot::has_left_alone`] was true when the refusal came.
+    /// that is under way. Waits at most `token.wait`; cancellation safe. `had_worked`: the upstream had accepted the refused
+    /// token earlier on the call's route, and [`Slot::has_left_alone`] was true when the refusal came.
     pub async fn replace(&self, refused: u64, had_worked: bool) -> Result<Token, ReplaceError> {
         let deadline = Instant::now() + self.wait;
         let mut fetches = self.fetches.subscribe();
@@ -371,8 +371,8 @@ impl Slot {
         active.as_ref().filter(|active| active.is_usable()).map(|active| active.token.clone())
     }
 
-    /// Invalidates generations up to `refused` until the present or next fetch ends. Returns the number of that fetch. Returns
-    /// `None` and changes nothing if back-off rules out a fetch before `deadline`: the refused token is then better than none.
+    /// Invalidates the token, unless it is newer than `refused`, until the end of the fetch under way, or else of the next fetch.
+    /// Returns the number of that fetch. Does nothing and returns `None` if waiting is hopeless: even a refused token beats none.
     fn invalidate(&self, refused: u64, had_worked: bool, deadline: Instant) -> Option<u64> {
         let mut looked_into = None;
         // For its lock only: no fetch may end between the choice of its number and the invalidation of the token.
@@ -451,7 +451,7 @@ impl Slot {
         });
     }
 
-    /// Records that a fetch with a changed secret failed. Requests go on waiting, unless the old secret is in a pause as well.
+    /// Records that a fetch with a changed secret failed. Requests go on waiting, unless both secrets are in a pause ([`Held`]).
     fn candidate_failed(&self, held: Option<Held>) {
         self.fetches.send_modify(|fetches| {
             fetches.held = held;

@@ -112,8 +112,8 @@ fn refer(context: &mut Context<'_>, at: &str, key: &str, (what, names): (&str, &
     }
 }
 
-/// Checks that each name in `audit.fields` is a member of some record. A misspelt name is refused, since the member
-/// that it should hide would be written in clear.
+/// Checks that each name in `audit.fields` is a member that can be hidden: one of [`REDACTABLE`], or one that a contract
+/// names with `x-audit`. A misspelt name is refused, since the member that it should hide would be written in clear.
 fn fields(context: &mut Context<'_>, config: &Config) {
     // A contract that cannot be read may have a member of any name.
     if context.is_poisoned_within("routes") {

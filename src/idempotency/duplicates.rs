@@ -5,8 +5,10 @@
 //! Meanwhile it refuses an equal call, or flags it (`without_key = "warn"`).
 //!
 //! Calls with and without a key are compared with each other. Two calls with keys are not: with different keys both calls are
-//! intended, and for one key [`super::claims`] decides. Successes of calls without a key are remembered for a shorter time, to
-//! flag an equal call, or to refuse it (`without_key = "block"`).
+//! intended, and for one key [`super::claims`] decides.
+//!
+//! A success of a call without a key is remembered even if its caller has the answer, for a window of its own
+//! (`fingerprint_window`). It flags an equal call without a key, or refuses it (`without_key = "block"`).
 //!
 //! A doubt is never evicted, and under `block` neither is a success. The table is bounded by refusing new calls.
 

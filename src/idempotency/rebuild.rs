@@ -323,7 +323,8 @@ impl Parser<'_> {
         Some(CallRecord { id, time, what })
     }
 
-    /// Returns the claim on a key that an intent contains, or else its call, if it is recent enough to matter.
+    /// Returns what an intent says about its call. If the intent has a key and a fingerprint, that is the claim on the key.
+    /// Otherwise it is the call itself, unless the intent is too old to matter or cannot be parsed.
     fn intent(&self, line: &Line<'_>, time: u32, bytes: &[u8]) -> What {
         if let (Some(key), Some(print)) = (line.key.and_then(parse_hex), line.print.and_then(parse_hex)) {
             let caller = self.table.hash_of(line.caller.unwrap_or_default());
@@ -373,9 +374,11 @@ impl Reading<'_> {
         }
     }
 
-    /// Applies a resolution to the claim of its call. Does nothing if the resolution is older than the window. Also keeps it for
-    /// [`Self::close`], which restores a call that was done as a doubt: if the call began before the window, the unresolved list
-    /// may not have it any more.
+    /// Applies a resolution to the claim of its call, and keeps the resolution for [`Self::close`]. Does nothing if the
+    /// resolution is older than the window.
+    ///
+    /// If the resolution says that the call was done, `close` restores a doubt for it. The unresolved list may no longer contain
+    /// such a call if the call began before the window.
     fn resolve(&mut self, call: UnresolvedCall, result: Resolution, time: u32) {
         if time < self.window_from {
             return;

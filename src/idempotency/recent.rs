@@ -1,7 +1,7 @@
 //! A queue of recent successes of calls without a key, with an index that finds the youngest of each call hash.
 //!
-//! Every success adds an entry at the back and, once there are many, removes one at the front. Only the index is read at
-//! random places. It takes four bytes for a call, so that it stays in the processor's cache.
+//! Entries are added at the back and removed at the front. Only the index is read at random places. Each of its entries has four
+//! bytes, so that the index stays in the processor's cache.
 //!
 //! Decides nothing: how long a success counts, and how many may be remembered, is up to [`super::duplicates`].
 

@@ -63,7 +63,7 @@ pub(super) struct Secrets {
     next_check: Instant,
 }
 
-/// A pair with its own back-off.
+/// A pair with its own back-off: the one in use, or the one on trial.
 pub(super) struct Candidate {
     pair: AppKeyPair,
     pub(super) retry: Retry,
@@ -130,7 +130,7 @@ impl Fetcher {
         let active = slot.active.load();
         let Some(active) = active.as_ref() else { return };
         let (generation, age, refresh) = (active.token.generation(), active.age(), active.plan.refresh);
-        // A token that the route had never accepted, as for a service that is not purchased, says nothing of another client.
+        // A token that was never accepted on the route, as for a service that is not purchased, says nothing of another client.
         let is_over = if active.is_invalidated() {
             active.had_worked.load(Ordering::Relaxed)
                 && self.contest.refused(generation, age, refresh, contest::pause(slot.wait, jitter()))
@@ -225,7 +225,7 @@ impl Fetcher {
             && old.age() < old.lifetime + GRACE
     }
 
-    /// Makes the next generation of a fetched token.
+    /// Returns a fetched token with the next generation number and its plan.
     fn new_token(&mut self, slot: &Slot, fetched: Fetched, sent: Moment) -> ActiveToken {
         self.generation += 1;
         let generation = i64::try_from(self.generation).unwrap_or(i64::MAX);

@@ -14,7 +14,7 @@ use crate::clock;
 // The vendor documents no rate limit for the token endpoint, and a sibling API locks an address out after many bad attempts.
 pub(super) const MIN_GAP: Duration = Duration::from_secs(1);
 
-/// While requests wait, the next fetch is due at most this long after [`MIN_GAP`] is over, however long the back-off is.
+/// While requests wait and no token can be sent, the back-off after a passing failure ends at most this long after [`MIN_GAP`].
 const URGENT: Duration = Duration::from_secs(2);
 
 /// The ages at which a token is refreshed and stopped. Its age counts from when the request for it was sent.
@@ -151,9 +151,8 @@ impl Retry {
         Self { not_before: now, held: None, failures: 0, refusals: 0 }
     }
 
-    /// Returns when the next fetch may begin. `urgent`: there is no usable token, and requests wait. This shortens the
-    /// back-off, but not a pause after a refusal or one that the endpoint named. `last_begun`: when the last fetch began, with
-    /// any pair.
+    /// Returns when the next fetch may begin. `urgent`: no token can be sent now, and requests wait. This shortens the back-off,
+    /// but not a pause after a refusal or one that the endpoint named. `last_begun`: when the last fetch began, with any pair.
     pub(super) fn at(&self, urgent: bool, last_begun: Option<Instant>) -> Instant {
         match last_begun {
             // The pause may have been chosen while there was a token in hand: up to a minute, much longer than a request waits.
@@ -167,7 +166,7 @@ impl Retry {
         self.held
     }
 
-    /// Sets the pause after a failure. `urgent`: there is no usable token, and requests wait. `jitter`: from 0 to 1.
+    /// Sets the pause after a failure. `urgent`: requests wait, and there is no token or it has expired. `jitter`: from 0 to 1.
     pub(super) fn failed(&mut self, failure: FetchFailure, urgent: bool, now: Instant, jitter: f64) {
         let wait = match failure {
             FetchFailure::Refused => {
