@@ -206,7 +206,11 @@ impl Admin {
                 }
             }
             "/status" => reply(StatusCode::OK, JSON, format!("{:#}\n", self.status())),
-            _ => reply(StatusCode::NOT_FOUND, TEXT, "there are /livez, /readyz, /metrics and /status\n"),
+            _ => reply(
+                StatusCode::NOT_FOUND,
+                TEXT,
+                "unknown path; there are /livez, /readyz, /metrics and /status\n",
+            ),
         }
     }
 

@@ -97,7 +97,7 @@ const CLOSE_TIME: Duration = Duration::from_secs(3);
 
 /// The intent could not be committed in time, or could not be queued at all. Nothing was sent.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error("the intent could not be made safe")]
+#[error("the record could not be committed to the audit trail")]
 pub struct Unavailable;
 
 /// Why not all queued records were written before the trail was closed.
@@ -110,7 +110,7 @@ pub enum Unfinished {
     #[error("the end of the audit trail could not be written")]
     Unwritten,
     /// The writer's thread did not end in time, for example because the disk does not answer.
-    #[error("it hangs, and is not waited for; the end of the audit trail is missing")]
+    #[error("it hangs, and the gateway does not wait for it; the end of the audit trail is missing")]
     Hangs,
 }
 

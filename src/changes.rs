@@ -44,11 +44,12 @@ impl Changes {
         Self {
             successful: registry.metric(
                 "config_last_reload_successful",
-                "Whether what lies in the files is in use, as far as it could be read when it was last looked at.",
+                "Whether the content of the files, as last read, is in use.",
             ),
             succeeded: registry.metric(
                 "config_last_reload_success_timestamp_seconds",
-                "When that was last found, at the start or behind a change or an error, since 1970.",
+                "When the content of the files was last accepted: at the start, after a change or after an error, as \
+                 Unix time.",
             ),
             all: Arc::default(),
         }

@@ -62,13 +62,13 @@ struct Arguments {
 enum Command {
     /// Run the gateway.
     Serve(serve::Args),
-    /// Check a configuration and say who can use the credential.
+    /// Check a configuration and list who can use each credential.
     Check(check::Args),
     /// Run the gateway on a sandbox of the cloud, with an example request.
     Demo(demo::Args),
     /// Run the sandbox of the cloud alone.
     Sandbox(sandbox::Args),
-    /// Ask a running gateway whether it lives, or is ready.
+    /// Ask a running gateway whether it is alive or ready.
     Healthcheck(healthcheck::Args),
     /// Check a body against a contract.
     Contract(contract::Args),
@@ -82,7 +82,7 @@ struct Configured {
     /// The configuration file.
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
-    /// Override one scalar of it, after the environment.
+    /// Set one value of the configuration. Overrides the file and the environment.
     #[arg(long = "set", value_name = "KEY=VALUE", value_parser = parse_override)]
     overrides: Vec<(String, String)>,
 }

@@ -28,7 +28,7 @@ pub enum NoRoom {
     #[error("the gateway is stopping; call again, a new one takes over")]
     Draining,
     /// `max_in_flight` or `max_connections` is reached.
-    #[error("the gateway has reached its bound on concurrent work; call again shortly")]
+    #[error("the gateway has reached its limit on concurrent work; call again shortly")]
     Overloaded,
 }
 

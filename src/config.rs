@@ -88,9 +88,9 @@ pub const BUILT_IN_ROUTE: &str = "appointQualityTask";
 
 /// A warning for operators about `loopback` callers. `check`, the start log and `/status` show it if the configuration
 /// has such a caller: see [`Config::trusts_loopback`].
-pub const LOOPBACK_NOTICE: &str = "a `loopback` caller is every process in this network namespace: other users, \
-     host-network containers, whoever holds a port-forward, an app that can be made to send requests (SSRF). On a \
-     shared host use a Unix socket with `uid:` callers.";
+pub const LOOPBACK_NOTICE: &str = "a `loopback` caller is every process in this network namespace: processes of other \
+     users, host-network containers, users of a port-forward, an app that can be tricked into sending requests (SSRF). \
+     On a shared host use a Unix socket with `uid:` callers.";
 
 impl Config {
     /// Returns the configuration of the file at `path`, overridden by the environment (`CCSQM_GATEWAY__SECTION__KEY`),
@@ -143,7 +143,7 @@ impl Config {
                 // The thread that hangs holds no lock here: it sets the key before it opens the file.
                 let at = reading.lock().unwrap_or_else(PoisonError::into_inner).take();
                 let reason = format!(
-                    "does not answer within {} s: a pipe that nobody writes to, or a mount that is dead",
+                    "does not answer within {} s: it may be a pipe without a writer, or a dead mount",
                     patience.as_secs()
                 );
                 problem(at.unwrap_or_else(own), reason)

@@ -116,7 +116,7 @@ pub enum DialError {
     #[error("TLS: {0}")]
     Tls(io::Error),
     /// The time for all steps was over during this step.
-    #[error("{0} was not over within {1:?}")]
+    #[error("{0} took longer than {1:?}")]
     Timeout(SetupStep, Duration),
 }
 
@@ -328,7 +328,11 @@ impl Connector {
     fn reason(&self, error: &DialError) -> Reason {
         let text = format!("{self}: {error}");
         let is_quoted = self.login.as_ref().is_some_and(|login| login.current().is_in(&text));
-        let text = if is_quoted { format!("{self}: what it says quotes the proxy's password") } else { text };
+        let text = if is_quoted {
+            format!("{self}: the text is withheld, since it quotes the proxy's password")
+        } else {
+            text
+        };
         Reason::new(error.cause(), text)
     }
 

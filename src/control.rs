@@ -130,7 +130,10 @@ impl BoundSocket {
         match Self::bind_at(&path, directory) {
             Ok(bound) => Ok(Some(bound)),
             Err(error) if matches!(control, config::Control::Default) => {
-                tracing::warn!(path = %path.display(), %error, "there is no control socket: set admin.control");
+                tracing::warn!(
+                    path = %path.display(), %error,
+                    "the control socket cannot be created: set admin.control to a path that can be used"
+                );
                 Ok(None)
             }
             Err(error) => Err(error),
@@ -247,7 +250,7 @@ impl Resources {
             // A user without the right could otherwise fill the log.
             static REFUSED: OncePerSecond = OncePerSecond::new();
             if let Some(times) = REFUSED.times() {
-                tracing::warn!(uid, times, "a user without the right to it opened the control socket");
+                tracing::warn!(uid, times, "a user without permission connected to the control socket");
             }
             Response::refused("only root and the gateway's own user may use this socket")
         };
@@ -274,7 +277,7 @@ impl Resources {
                     Ok(()) => Response {
                         ok: true,
                         seq: Some(seq),
-                        text: format!("accepted: the wall clock is believed (record {seq})"),
+                        text: format!("accepted: the gateway trusts the wall clock (record {seq})"),
                     },
                     Err(error) => Response::refused(&error),
                 }
@@ -314,8 +317,9 @@ pub fn ask(directory: &Path, socket: Option<&Path>, request: &Request) -> anyhow
     stream.write_all(&line).with_context(no_answer)?;
     let mut answer = Vec::new();
     BufReader::new(stream.take(MAX_LINE)).read_until(b'\n', &mut answer).with_context(no_answer)?;
-    serde_json::from_slice(&answer)
-        .with_context(|| format!("{}; what was asked for may be done or not: ask again", no_answer()))
+    serde_json::from_slice(&answer).with_context(|| {
+        format!("{}; the request may or may not have been carried out: run the command again", no_answer())
+    })
 }
 
 /// The path of the socket for a trail.

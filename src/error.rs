@@ -76,7 +76,8 @@ impl Error {
     /// A fault of the gateway's own, such as a panic. `sent` says whether an exchange may have taken the request over.
     pub fn internal(sent: bool) -> Self {
         let outcome = if sent { Outcome::Unknown } else { Outcome::NotSent };
-        let detail = "a fault of the gateway's own; the operators find it in the log under this request id";
+        let detail =
+            "an internal error of the gateway; the operators find it in the log under this request id";
         Self { outcome, ..Self::not_sent(Code::Internal, detail) }
     }
 
@@ -181,16 +182,16 @@ impl From<BodyFault> for Error {
             BodyFault::NotJson(not_json) => Self::not_sent(Code::BodyNotJson, not_json),
             BodyFault::Violations(found) => {
                 let detail = match found.total {
-                    1 => "the body breaks the route's contract in one place, which `errors` tells".to_owned(),
+                    1 => "the body breaks the route's contract in one place, which `errors` lists".to_owned(),
                     total if total > found.list.len() => {
                         format!(
-                            "the body breaks the route's contract in {total} places; `errors` tells the first {}",
+                            "the body breaks the route's contract in {total} places; `errors` lists the first {}",
                             found.list.len()
                         )
                     }
                     total => {
                         format!(
-                            "the body breaks the route's contract in {total} places, which `errors` tells"
+                            "the body breaks the route's contract in {total} places, which `errors` lists"
                         )
                     }
                 };
@@ -295,7 +296,8 @@ impl From<Unavailable> for Error {
     fn from(_: Unavailable) -> Self {
         Self::not_sent(
             Code::AuditUnavailable,
-            "the call could not be put on record, so that it was not sent; call again later, and tell the operators of the gateway if that goes on",
+            "the call could not be recorded in the audit trail, so it was not sent. Call again later; if this error \
+             persists, tell the operators of the gateway",
         )
     }
 }
@@ -313,12 +315,12 @@ impl From<Failure> for Error {
                 "the upstream refused the gateway's token, and the call could not be sent with another one ({why}); nothing was \
                  done"
             ),
-            (Code::RequestInProgress, _) => "the upstream has answered, and that cannot be put on record at the moment: ask \
-                                             again with the same Idempotency-Key"
+            (Code::RequestInProgress, _) => "the upstream has answered, but its answer cannot be recorded at the moment: \
+                 call again with the same Idempotency-Key"
                 .to_owned(),
             (_, Outcome::Unknown) => format!(
-                "the request may have reached the upstream and no clear answer came ({why}): look in the cloud whether the task is \
-                 assigned before you repeat the call"
+                "the request may have reached the upstream, but no clear answer came ({why}). Check in the cloud whether \
+                 the task is assigned before you repeat the call"
             ),
             (Code::Overloaded, _) => "all connections to the upstream are busy; nothing was sent. Call again shortly".to_owned(),
             _ => format!("nothing was sent, or the upstream said that it did not process it ({why})"),

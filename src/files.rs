@@ -43,9 +43,8 @@ pub(crate) fn read_guarded(path: &Path, harm: &str) -> io::Result<Vec<u8>> {
             return Ok(());
         }
         let (mode, path) = (found.mode() & 0o7777, path.display());
-        let text = format!(
-            "every user can change it (mode {mode:04o}), so that anybody could {harm}: chmod o-w {path}"
-        );
+        let text =
+            format!("every user can change it (mode {mode:04o}), so everyone could {harm}: chmod o-w {path}");
         Err(io::Error::other(text))
     })
 }
@@ -133,7 +132,7 @@ impl Stamp {
 
 /// File work did not end within [`PATIENCE`]. It goes on.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error("a file does not answer within {} s; it is waited for", PATIENCE.as_secs())]
+#[error("a file does not answer within {} s; the gateway keeps waiting for it", PATIENCE.as_secs())]
 pub(crate) struct Hangs;
 
 /// Runs file work on the blocking pool, one job at a time. `S` is the state that jobs work on, `T` their

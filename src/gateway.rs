@@ -261,8 +261,8 @@ impl Gateway {
             let route = &*routed.route.exchange.name;
             tracing::warn!(
                 caller = &*caller.name, route, %id,
-                "a caller sends ids above 2^53 as numbers, which lose digits in clients that hold numbers as doubles: let it \
-                 send them as strings, or set its bare_ids to \"exact\" if it holds integers"
+                "a caller sends ids above 2^53 as numbers, which lose digits in clients that store numbers as doubles: \
+                 let it send them as strings, or, if it stores them as integers, set its bare_ids to \"exact\""
             );
         }
     }

@@ -73,11 +73,12 @@ impl Ids {
     // everybody.
     pub(crate) fn check(&self, id: u32) -> Result<(), String> {
         if u64::from(id) >= ALL {
-            return Err(format!("{id} is the id of nobody: ids end at {}", ALL - 1));
+            return Err(format!("{id} is not a valid id: ids end at {}", ALL - 1));
         }
         if self.is_nobody(id) {
             return Err(format!(
-                "{id} stands for every id that is not mapped in this user namespace, so that it names nobody; take an id that is mapped"
+                "in this user namespace {id} is shown for every id that is not mapped, so it identifies no user or group; \
+                 use an id that is mapped"
             ));
         }
         let shows = |mapped: &Vec<Range<u64>>| mapped.iter().any(|ids| ids.contains(&u64::from(id)));

@@ -263,7 +263,7 @@ impl<'a> Cursor<'a> {
     pub(super) fn colon(&mut self) -> Result<(), Abort> {
         self.skip_space();
         if self.peek() != Some(b':') {
-            return Err(self.abort("expected `:` behind the key"));
+            return Err(self.abort("expected `:` after the key"));
         }
         self.position += 1;
         Ok(())
@@ -305,7 +305,7 @@ impl<'a> Cursor<'a> {
         if self.skip_space() == self.bytes.len() {
             Ok(())
         } else {
-            Err(self.abort("expected the end: a JSON text is one value"))
+            Err(self.abort("expected the end of the text: a JSON text is one value"))
         }
     }
 
@@ -315,7 +315,7 @@ impl<'a> Cursor<'a> {
     #[inline(never)]
     fn abort(&mut self, reason: &'static str) -> Abort {
         let reason = if self.position >= self.bytes.len() {
-            "the text ends before its value is whole"
+            "the text ends before its value is complete"
         } else {
             reason
         };
@@ -474,11 +474,11 @@ mod tests {
     #[test]
     fn json_error_names_its_line_and_column() {
         let at = |text: &str| read(text.as_bytes()).map_err(|fault| (fault.line, fault.column, fault.reason));
-        assert_eq!(at(r#"{"a":1, "a":2}"#), Err((1, 9, "this key stands twice in the object")));
+        assert_eq!(at(r#"{"a":1, "a":2}"#), Err((1, 9, "this key occurs twice in the object")));
         assert_eq!(at(r#"["x\ud800"]"#), Err((1, 4, SURROGATE)));
-        assert_eq!(at("[1,"), Err((1, 4, "the text ends before its value is whole")));
+        assert_eq!(at("[1,"), Err((1, 4, "the text ends before its value is complete")));
         assert_eq!(at("[\n \"é\" x]"), Err((2, 6, "expected `,` or `]`")), "a character is a column");
-        assert_eq!(at("[1] x"), Err((1, 5, "expected the end: a JSON text is one value")));
+        assert_eq!(at("[1] x"), Err((1, 5, "expected the end of the text: a JSON text is one value")));
     }
 
     #[test]

@@ -246,7 +246,7 @@ impl Queue {
             if is_written && is_empty && dropped > reported {
                 tracing::warn!(
                     lines = dropped - reported,
-                    "log lines are missing: nobody read them in time, or they could not be written"
+                    "log lines were dropped: stderr was not read in time, or could not be written"
                 );
                 reported = dropped;
             }

@@ -132,11 +132,11 @@ impl Parts {
                 breaker: breaker::CircuitMetrics::new(registry),
                 failures: registry.metric(
                     "upstream_failures_total",
-                    "Requests that the upstream failed, or that could not reach it, by cause.",
+                    "Requests that failed at the upstream or could not reach it, by cause.",
                 ),
                 withheld: registry.metric(
                     "withheld_total",
-                    "What of the upstream's replies was withheld because it quotes a secret.",
+                    "Parts of the upstream's replies that were withheld because they quote a secret.",
                 ),
             },
         }
@@ -158,7 +158,7 @@ impl Metrics {
             replied: Default::default(),
             duration: registry.register(
                 "request_duration_seconds",
-                "From the head to the answer.",
+                "Time from a request's head to its answer.",
                 HistogramWithExemplars::new(BUCKETS.into_iter()),
             ),
             limit_checks: limit_checks(&mut registry),
@@ -176,13 +176,15 @@ impl Metrics {
             connections: registry.metric("connections", "Open caller connections."),
             in_flight: registry.metric("requests_in_flight", "Requests between head and answer."),
             keys: registry.metric("idempotency_keys", "Idempotency-Keys that are remembered."),
-            quota_ratio: registry
-                .metric("quota_ratio", "How much of the quota the upstream's 429s have left, from 0 to 1."),
+            quota_ratio: registry.metric(
+                "quota_ratio",
+                "The fraction of the quota that is available after 429s of the upstream, from 0 to 1.",
+            ),
             quota_percent: registry
                 .metric("quota_percent", "Deprecated: use ccsqm_gateway_quota_ratio. The same in percent."),
             log_lines_dropped: registry.metric(
                 "log_lines_dropped_total",
-                "Log lines that are missing on stderr: nobody read it in time, or it could not be written.",
+                "Log lines that were dropped: stderr was not read in time, or could not be written.",
             ),
             caller_tls: Failures::new(
                 registry

@@ -34,17 +34,18 @@ pub enum BadPem {
     Nothing(String, &'static str),
     /// The file has a section of the kind that the library skips.
     #[error(
-        "{0} holds a {1} that is not read: each must stand between two lines of their own, `-----BEGIN {2}-----` and \
-         `-----END {2}-----`, with nothing before or behind them"
+        "{0} contains a {1} that is not read: each must be between the lines `-----BEGIN {2}-----` and `-----END \
+         {2}-----`, with nothing before or after them on these lines"
     )]
     Skipped(String, &'static str, &'static str),
     /// The key has a passphrase.
     #[error(
-        "{KEY_FILE} holds an encrypted key, and nobody can give its passphrase here: write it anew with `openssl pkey -in OLD -out NEW`"
+        "{KEY_FILE} contains an encrypted key, and the gateway cannot ask for its passphrase: decrypt it with `openssl \
+         pkey -in OLD -out NEW`"
     )]
     Encrypted,
     /// The file has more than one private key.
-    #[error("{KEY_FILE} holds more than one private key: leave the one of the certificate")]
+    #[error("{KEY_FILE} contains more than one private key: keep only the one of the certificate")]
     Keys,
 }
 
@@ -59,12 +60,12 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>, BadPem> {
 
 /// Reads a file that determines which callers are accepted. Fails if every user can change it.
 pub(crate) fn read_guarded(path: &Path) -> Result<Vec<u8>, BadPem> {
-    read_unless_open(path, "say who may call")
+    read_unless_open(path, "decide who may call")
 }
 
 /// Reads a file that determines which server is trusted as the cloud. Fails if every user can change it.
 pub(crate) fn read_roots(path: &Path) -> Result<Vec<u8>, BadPem> {
-    read_unless_open(path, "say who gets the credential")
+    read_unless_open(path, "decide who gets the credential")
 }
 
 fn read_unless_open(path: &Path, harm: &str) -> Result<Vec<u8>, BadPem> {
@@ -181,7 +182,7 @@ mod tests {
             b.replace("CERTIFICATE", "X509 CERTIFICATE"),
         ] {
             let told = of(&skipped).unwrap_err().to_string();
-            assert!(told.contains("roots.pem holds a certificate that is not read"), "{told}\n{skipped}");
+            assert!(told.contains("roots.pem contains a certificate that is not read"), "{told}\n{skipped}");
         }
         // A certificate without padding at its end: only then can the base64 of two sections be read as one.
         let unpadded =

@@ -30,7 +30,7 @@ pub struct Limiter {
 
 /// The error of a limit that is exceeded.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error("the rate limit of this caller is spent; call again after Retry-After seconds")]
+#[error("this caller has reached its rate limit; call again after Retry-After seconds")]
 pub struct LimitExceeded {
     /// The time after which one more request would pass, if no other one comes first.
     pub retry_after: Duration,

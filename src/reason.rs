@@ -253,7 +253,7 @@ impl Failures {
 pub fn shown<'a>(reason: &Reason, needles: impl IntoIterator<Item = &'a Needles>) -> String {
     let text = &*reason.text;
     if needles.into_iter().any(|needles| needles.are_in(text.as_bytes())) {
-        return format!("{}: what it says quotes the credential", reason.cause);
+        return format!("{}: the text is withheld, since it quotes the credential", reason.cause);
     }
     let cut = text.char_indices().map(|(at, _)| at).find(|at| *at >= MAX_TEXT);
     let mut plain = plain::line(&text[..cut.unwrap_or(text.len())]);

@@ -122,12 +122,10 @@ impl Reload {
     /// of one: the swap is one store.
     pub(crate) async fn run(mut self) {
         let Some(mut reader) = self.reader.take() else {
-            tracing::info!(
-                "the configuration comes from no regular file: it is read once, and does not change"
-            );
+            tracing::info!("the configuration is not a regular file: it is read once, and never again");
             loop {
                 self.asked.notified().await;
-                tracing::warn!("the configuration comes from no regular file, and is not read again");
+                tracing::warn!("the configuration is not a regular file, so it is not read again");
             }
         };
         let mut wait = POLL;
@@ -188,7 +186,7 @@ impl Reload {
                     self.change.accepted();
                 }
                 if was_bad && changed.is_empty() {
-                    tracing::info!("the configuration is good again; nothing in it is new");
+                    tracing::info!("the configuration is good again, and the same as the one in effect");
                 }
                 if !changed.is_empty() {
                     tracing::info!(changed = changed.join(", "), "the configuration changed");
@@ -199,7 +197,7 @@ impl Reload {
             Err(reason) if self.reported.as_ref() == Some(&reason) => {}
             Err(reason) => {
                 self.change.refused(&reason);
-                tracing::error!(reason, "the configuration is not taken; the old one stays in effect");
+                tracing::error!(reason, "the configuration is rejected; the old one stays in effect");
                 self.record([("result", json!("refused")), ("reason", json!(reason))]);
                 self.reported = Some(reason);
             }

@@ -55,7 +55,7 @@ pub enum Impossible {
     #[error("begins or ends with a blank: remove it")]
     Blank,
     /// NUL, another control character, or one that is not visible.
-    #[error("holds a control character, such as NUL, or another one that nobody sees: write it anew")]
+    #[error("contains a control character, such as NUL, or another invisible one: write it again")]
     Unseen,
 }
 

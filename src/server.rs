@@ -238,7 +238,7 @@ pub(crate) fn try_unix(path: &Path) -> io::Result<()> {
         Ok(_) => {
             return fail(
                 io::ErrorKind::AlreadyExists,
-                "something else than a socket is there: remove it".into(),
+                "something other than a socket has this path: remove it".into(),
             );
         }
         Err(_) => {}

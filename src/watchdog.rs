@@ -86,8 +86,9 @@ impl Watchdog {
         self.beats.iter().enumerate().find_map(|(index, beat)| {
             let still = Duration::from_nanos(now.saturating_sub(beat.load(Ordering::Relaxed)));
             let is_worker = index + 1 < self.beats.len();
-            let name = if is_worker { format!("worker {index}") } else { "the background".to_owned() };
-            (still > than).then(|| format!("{name} has not turned for {} s", still.as_secs()))
+            let name =
+                if is_worker { format!("worker {index}") } else { "the background runtime".to_owned() };
+            (still > than).then(|| format!("the event loop of {name} has not run for {} s", still.as_secs()))
         })
     }
 }
@@ -100,7 +101,7 @@ mod tests {
     fn watchdog_reports_a_single_hanging_loop() {
         let watchdog = Watchdog::from_env(2);
         assert_eq!(watchdog.hangs(), None, "the control");
-        for (late, name) in [(1, "worker 1"), (2, "the background")] {
+        for (late, name) in [(1, "worker 1"), (2, "the background runtime")] {
             for (index, beat) in watchdog.beats.iter().enumerate() {
                 beat.store(if index == late { 0 } else { u64::MAX }, Ordering::Relaxed);
             }

@@ -32,7 +32,7 @@ pub(super) async fn check_each_second(audit: Audit, vitals: Vitals) {
             }
         }
     };
-    let gone = vitals.until_stop("the look at clock and threads").run(checks).await;
+    let gone = vitals.until_stop("the check of clock and threads").run(checks).await;
     // Both threads run until they are closed, so a panic is all that ends them early.
     gone.fail("a panic");
 }

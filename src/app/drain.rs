@@ -30,7 +30,7 @@ pub(super) async fn drain(
         limits.drain();
     }
     // Logged after the bounds have changed: whoever reads the line may rely on it.
-    tracing::info!("stopping");
+    tracing::info!("shutdown started");
     // Fails without systemd, which is no error.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     // After `close`, so that a worker which sees the step also marks its replies as the last ones.
@@ -46,7 +46,7 @@ pub(super) async fn drain(
         tracing::warn!(
             connections = limits.connections(),
             in_flight = limits.in_flight(),
-            "drain_timeout is over; what is left is cut off"
+            "drain_timeout has passed; the remaining connections and requests are cut off"
         );
     }
 }

@@ -59,7 +59,7 @@ fn file_change(
         match taken {
             Ok(()) => {
                 change.accepted();
-                tracing::info!(whose, name, "{what} were read again and are in use");
+                tracing::info!(whose, name, "{what} were read again, and the new ones are in use");
                 details.insert("result".into(), json!("accepted"));
             }
             Err(error) => {

@@ -112,13 +112,13 @@ pub(super) fn check(config: &Config, file: &Path) -> anyhow::Result<Vec<String>>
             Present::At(sockets) if sockets.iter().any(|socket| covers(socket, &address)) => {}
             // Not an error: its admin address may just have been edited, or it is an older version.
             Present::Silent => notes.push(format!(
-                "{key}: {address} is in use. A gateway writes this audit trail, and does not say at admin.address where it listens. \
-                 If another program has that socket, a start fails"
+                "{key}: {address} is in use. A gateway writes this audit trail, but does not report at admin.address \
+                 where it listens. If another program uses the address, the gateway cannot start"
             )),
             // systemd may hold the socket for the gateway. It only ever passes those of `[[listeners]]`.
             _ if key.starts_with("listeners") && sd_notify::booted()? => notes.push(format!(
-                "{key}: {address} is in use, and not by a gateway with this configuration. If that is no socket of a systemd unit \
-                 for the gateway, but another program, a start fails"
+                "{key}: {address} is in use, but not by a gateway with this configuration. Unless it is a socket of a \
+                 systemd unit for the gateway, the gateway cannot start"
             )),
             _ => return Err(BindError::new(key, &address, error).into()),
         }

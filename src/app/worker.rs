@@ -155,7 +155,7 @@ pub(super) fn join(workers: &[JoinHandle<()>]) -> Option<UnexpectedEnd> {
         thread::sleep(Duration::from_millis(1));
     }
     let worker = workers.iter().position(hangs)?;
-    Some(UnexpectedEnd::logged(&format!("worker {worker}"), "it hangs, and is not waited for"))
+    Some(UnexpectedEnd::logged(&format!("worker {worker}"), "it hangs, and the gateway does not wait for it"))
 }
 
 /// One worker's part of a bound that holds for all workers together. The parts differ by 1 at most.

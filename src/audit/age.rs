@@ -60,7 +60,9 @@ const DAY: i64 = 24 * EVERY;
 
 /// A newer version of the gateway wrote the trail. The field is its format.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error("written by a newer version: format {0}, this one knows {FORMAT}")]
+#[error(
+    "written by a newer version of the gateway: its format is {0}, and this version reads formats up to {FORMAT}"
+)]
 pub struct Newer(pub u64);
 
 /// An anchor, as read from the trail. All numbers are milliseconds.
@@ -758,7 +760,7 @@ mod tests {
         assert_eq!(last().unwrap().as_ref(), anchors.first());
         let newer = world.trail[1].replace("\"format\":1", "\"format\":2");
         write(&path, &[world.trail[0].clone(), newer], &keys);
-        let said = "written by a newer version: format 2, this one knows 1";
+        let said = "written by a newer version of the gateway: its format is 2, and this version reads formats up to 1";
         assert_eq!(last().unwrap_err().to_string(), said);
     }
 

@@ -172,7 +172,7 @@ impl RefusalAggregator {
     pub(super) fn close_gap(&mut self, batch: &mut Batch) {
         let unrecorded = std::mem::take(&mut self.unrecorded);
         if unrecorded > 0 {
-            let what = "refusals were not recorded, for want of room or space";
+            let what = "refusals were not recorded, since there was not enough memory or disk space";
             batch.event("gap", json!({ "what": what, "count": unrecorded }));
         }
     }

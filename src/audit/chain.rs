@@ -127,7 +127,7 @@ impl Keys {
         if hex(&hash).as_bytes() == stated {
             Ok(hash)
         } else {
-            Err("the hash does not fit: the record was changed, or one before it was removed")
+            Err("the hash does not match: the record was changed, or one before it was removed")
         }
     }
 

@@ -175,7 +175,11 @@ impl Clocks {
         match change {
             Some(Change::Begins(doubt)) => {
                 let seconds = ahead / 1000;
-                tracing::warn!(%doubt, wall_ahead_seconds = seconds, "the wall clock is doubtful; no audit segment is removed meanwhile");
+                tracing::warn!(
+                    %doubt, wall_ahead_seconds = seconds,
+                    "the wall clock is doubtful, so no audit segment is removed; if the clock is right, run \
+                     `ccsqm-gateway audit accept-clock`"
+                );
                 let details = json!({ "reason": doubt.as_str(), "wall": text(wall(ahead)) });
                 shared.event("clock_doubtful", details);
             }

@@ -28,16 +28,17 @@ use crate::model::durability::Durability;
 pub enum Absent {
     /// Every user can change the directory or the key: path and mode. Whoever can do that can make the gateway
     /// forget or forge calls.
-    #[error("every user can change {0} (mode {1:04o}), so that no record could be believed: chmod o-w {0}")]
+    #[error("every user can change {0} (mode {1:04o}), so no record could be trusted: chmod o-w {0}")]
     Privacy(String, u32),
     /// The directory is missing and must exist: its path, and the arguments for `audit init`.
     #[error(
-        "{0} is missing, and must_exist is set: mount or restore it; for a new trail, `ccsqm-gateway audit init {1}` makes it once"
+        "{0} is missing, and must_exist is set: mount or restore it; for a new trail, run `ccsqm-gateway audit init {1}` \
+         once"
     )]
     Directory(PathBuf, String),
     /// The key is missing and must exist: its path, and the arguments for `audit init`.
     #[error(
-        "{0} is missing, and must_exist is set: restore it; for a new trail, `ccsqm-gateway audit init {1}` makes it once"
+        "{0} is missing, and must_exist is set: restore it; for a new trail, run `ccsqm-gateway audit init {1}` once"
     )]
     Key(PathBuf, String),
     /// Segments exist whose key is missing.

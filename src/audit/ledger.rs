@@ -123,7 +123,8 @@ fn end(call: UnresolvedCall, outcome: Outcome, shared: &Shared) {
         let task = call.task.as_ref().map(ToString::to_string);
         tracing::warn!(
             %id, caller, route, task,
-            "the outcome of a call is unknown: look whether the task is done, then run `ccsqm-gateway audit resolve`"
+            "the outcome of a call is unknown: check in the cloud whether the task is done, then run `ccsqm-gateway \
+             audit resolve`"
         );
     }
     shared.unresolved().finish(call, outcome);

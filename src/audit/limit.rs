@@ -40,7 +40,7 @@ pub(super) const RAISE: &str = "the limit on the size of files (LimitFSIZE=, uli
 /// The limit is too low for any segment.
 #[derive(Clone, Copy, Debug, Error)]
 #[error(
-    "a file may have {limit} bytes here, and a segment of the audit trail needs {needed} at least: raise {RAISE}"
+    "a file can have at most {limit} bytes here, and a segment of the audit trail needs at least {needed}: raise {RAISE}"
 )]
 pub struct TooLow {
     limit: u64,
@@ -86,8 +86,8 @@ pub fn notice(config: &Config) -> Option<String> {
             _ => format!(", or set audit.segment_size to {fitting}KiB"),
         };
         format!(
-            "a file may have {limit} bytes here, and a segment of audit.segment_size ({size}) with what is reserved behind it \
-             takes {needed}: segments are left before they are full. Raise {RAISE}{lower}"
+            "a file can have at most {limit} bytes here, and a segment of audit.segment_size ({size}) with the space \
+             reserved behind it takes {needed}: segments end before they are full. Raise {RAISE}{lower}"
         )
     })
 }

@@ -61,25 +61,24 @@ impl AuditMetrics {
             bytes: registry.metric("audit_bytes_total", "Bytes written."),
             batches: registry.metric("audit_batches_total", "Batches written."),
             errors: registry.metric("audit_write_errors_total", "Writes that failed, fdatasync included."),
-            syncs: registry.metric(
-                "audit_syncs_total",
-                "Times that fdatasync succeeded; only with durability disk.",
-            ),
+            syncs: registry
+                .metric("audit_syncs_total", "Times that fdatasync succeeded; only with durability disk."),
             sync_errors: registry.metric("audit_sync_errors_total", "Times that fdatasync failed."),
             sync_seconds: registry.metric("audit_sync_seconds_total", "Seconds spent in fdatasync."),
             removed: registry.metric(
                 "audit_removed_segments_total",
-                "Segments removed since all in them was old enough.",
+                "Segments that were removed, since all their records were old enough.",
             ),
             removed_early: registry.metric(
                 "audit_removed_early_total",
-                "Of these, those removed before `retain` had passed, since the trail was larger than max_size.",
+                "Removed segments whose `retain` had not passed yet, since the trail was larger than max_size.",
             ),
-            files_lost: ["restored", "lost"].map(|result| files_lost.get_or_create_owned(&ResultLabel { result })),
+            files_lost: ["restored", "lost"]
+                .map(|result| files_lost.get_or_create_owned(&ResultLabel { result })),
             aggregated: registry.renamed(
                 "audit_folded_refusals_total",
                 "audit_aggregated_rejections_total",
-                "Refusals that were recorded by count only.",
+                "Refusals that were only counted in an aggregated record.",
             ),
             dropped: registry.metric("audit_dropped_refusals_total", "Refusals that were not recorded."),
             late: registry.renamed(
@@ -92,16 +91,19 @@ impl AuditMetrics {
                 "clock_doubtful",
                 "Whether the wall clock is doubtful, so that no audit segment is removed.",
             ),
-            unresolved: registry.metric("unresolved_outcomes", "Calls of unknown outcome that nobody has resolved."),
+            unresolved: registry.metric(
+                "unresolved_outcomes",
+                "Calls of unknown outcome that are not resolved.",
+            ),
             damaged: registry.metric(
                 "audit_damaged",
-                "Whether a part of the trail within the idempotency window is lost and nobody has accepted that.",
+                "Whether a part of the trail within the idempotency window is lost and the loss is not accepted.",
             ),
             healthy: registry.metric(
                 "audit_healthy",
-                "Whether new calls can be put on record; without that none is sent.",
+                "Whether new calls can be recorded; while they cannot, none is sent.",
             ),
-            free: registry.metric("audit_free_bytes", "What is free on the trail's file system."),
+            free: registry.metric("audit_free_bytes", "Free bytes on the file system of the trail."),
         }
     }
 

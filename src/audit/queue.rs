@@ -259,8 +259,9 @@ impl Shared {
                 static TOO_LONG: OncePerSecond = OncePerSecond::new();
                 if let Some(times) = TOO_LONG.times() {
                     let (bytes, raise) = (members.len(), limit::RAISE);
-                    let what = "a file has no room for its record, what is reserved and a list";
-                    tracing::error!(bytes, raise, times, "a call is refused: {what}");
+                    let what = "its record, the reserved space and the list of unresolved calls do not fit into a file \
+                         together";
+                    tracing::error!(bytes, raise, times, "a call was refused: {what}");
                 }
                 // Records whose wake-up was deferred must be flushed here: only queueing a record ends an overdue
                 // deferral, and a worker whose requests are all refused queues none.

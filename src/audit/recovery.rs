@@ -183,7 +183,7 @@ fn read_all(segments: &[PathBuf], keys: &Keys, statement: &Statement) -> io::Res
     found.begins_behind = (found.seq > 0).then_some(ChainPosition { seq: found.seq, hash: found.hash });
     let mut found = read_segments(segments, found, keys, statement)?;
     if let (Some(_), Some(path), false) = (found.begins_behind, segments.first(), found.is_retained) {
-        let reason = "records before this one were removed, and no event says so";
+        let reason = "records before this one were removed, and no event records their removal";
         found.faults.insert(0, BrokenLine { file: path.clone(), line: 1, seq: first_seq(path), reason });
     }
     Ok(found)
@@ -331,7 +331,8 @@ impl TrailState {
                 lacks: Lacking::LockFile,
                 file: lock::NAME.into(),
                 at_end: true,
-                reason: "there is no lock file, which would tell whether newer segments are missing".into(),
+                reason: "the lock file is missing, so it is unknown whether newer segments are missing"
+                    .into(),
             }),
             // An empty file is the lock file of an older version, or of a start that died before its first
             // record. Neither is evidence that something is missing.
@@ -355,7 +356,7 @@ impl TrailState {
         let (lacks, reason) = match () {
             () if !is_there && !is_past => (
                 Lacking::NewestSegment,
-                "the newest segment is missing, which the lock file names".to_owned(),
+                "the newest segment, which the lock file names, is missing".to_owned(),
             ),
             () if self.is_reached => return,
             () => {
@@ -363,7 +364,9 @@ impl TrailState {
                 let (seq, found) = (last.seq, self.seq);
                 let reason = match found < seq {
                     true => {
-                        format!("the last record is {found}, and {seq} was written, as the lock file says")
+                        format!(
+                            "the last record is {found}, but the lock file says that record {seq} was written"
+                        )
                     }
                     false => format!("record {seq} is not the one that the lock file names"),
                 };
@@ -417,7 +420,11 @@ impl TrailState {
             return;
         };
         if head.seq != seq {
-            self.fault(path, number, "the number does not follow: records were removed, added or swapped");
+            self.fault(
+                path,
+                number,
+                "the number is not the next one: records were removed, added or swapped",
+            );
             // Numbering continues from the stated number, so that a gap is one fault. A stated number of
             // `MAX_SEQ` or more is not used: it would leave no numbers for the next records.
             self.seq = if head.seq < MAX_SEQ { head.seq } else { seq };
@@ -459,7 +466,7 @@ impl TrailState {
             self.format = self.format.max(age::format(bytes).unwrap_or_default());
         }
         if Damage::is_recorded_by(bytes) && self.recorded.len() < MAX_FAULTS {
-            let reason = "a start found something missing before this record, which says what";
+            let reason = "a start found a loss before this record, which says what is missing";
             self.recorded.push(BrokenLine { file: path.into(), line, seq: self.seq, reason });
         }
     }

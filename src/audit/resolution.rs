@@ -78,7 +78,7 @@ pub enum ResolveError {
     #[error("the trail has no call {0}")]
     NotFound(Uuid),
     /// The call has no outcome yet.
-    #[error("the call is at work; its outcome is not known yet")]
+    #[error("the call is in progress; its outcome is not known yet")]
     AtWork,
     /// The call's outcome is known.
     #[error("the outcome of this call is known: {0}")]
@@ -90,7 +90,7 @@ pub enum ResolveError {
     )]
     Otherwise(Earlier),
     /// The event is queued, but the trail closed before it was committed: it may be on record or not.
-    #[error("the audit trail closes; the resolution may be on record or not: ask again")]
+    #[error("the audit trail is closing; the resolution may or may not be recorded: run the command again")]
     NotCommitted,
     /// The trail cannot be read.
     #[error("the audit trail cannot be read: {0}")]

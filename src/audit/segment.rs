@@ -152,11 +152,9 @@ impl Segment {
     pub(super) fn mishap(&self, directory: &Directory) -> io::Result<&'static str> {
         Ok(match directory.find(&self.name())? {
             None => "the open segment was moved or deleted",
-            Some(found) if found.identity != self.identity => {
-                "another file took the place of the open segment"
-            }
+            Some(found) if found.identity != self.identity => "the open segment was replaced by another file",
             Some(found) if found.length < self.written => "the open segment was cut shorter",
-            Some(_) => "somebody else wrote to the open segment",
+            Some(_) => "another process wrote to the open segment",
         })
     }
 

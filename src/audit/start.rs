@@ -145,7 +145,10 @@ pub(super) fn lock(directory: &Directory) -> Result<(), OpenError> {
         // Not an error: the lock on the file `lock` still keeps a second gateway out, as long as nobody
         // replaces that file.
         Ok(false) => {
-            tracing::warn!(directory = %path.display(), "the file system locks no directories; the file `lock` must stay where it is");
+            tracing::warn!(
+                directory = %path.display(),
+                "the file system does not support locks on directories; do not move or delete the file `lock`"
+            );
             Ok(())
         }
         Err(error) => Err(locked(path, error)),
@@ -341,7 +344,7 @@ pub(super) fn resume(options: &Options, keys: &Keys, locked: Locked) -> io::Resu
         batch.event("recovery", json!({ "what": "torn line cut off", "bytes": length }));
     }
     if found.is_lock_unreadable {
-        let what = "the lock file cannot be read, so that nobody knows whether the end of the trail is here";
+        let what = "the lock file cannot be read, so a missing end of the trail would not be noticed";
         tracing::warn!("{what}");
         batch.event("recovery", json!({ "what": what }));
     }

@@ -697,7 +697,10 @@ async fn retention_removes_old_segments_and_the_hash_chain_verifies() {
         fs::remove_file(segment).unwrap();
     }
     let found = verify(folder.path());
-    assert_eq!(found.faults[0].reason, "records before this one were removed, and no event says so");
+    assert_eq!(
+        found.faults[0].reason,
+        "records before this one were removed, and no event records their removal"
+    );
 }
 
 /// Does what a start does before its writer's thread runs.

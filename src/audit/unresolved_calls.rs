@@ -440,7 +440,7 @@ impl UnresolvedList {
             let calls = oldest.len();
             tracing::warn!(
                 calls,
-                "too many answers may have been lost when gateways were killed: the oldest count as delivered"
+                "too many answers may have been lost when gateways were killed, so the oldest of them count as delivered"
             );
         }
         for id in oldest {

@@ -213,7 +213,7 @@ impl Writer {
         self.reserve(shared, batch.size() as u64 + waiting);
         if !self.write_persistently(batch, shared) {
             let records = batch.len() + behind.len();
-            tracing::error!(records, "the audit trail closes with records that could not be written");
+            tracing::error!(records, "the audit trail was closed, but some records could not be written");
             return Err(Unfinished::Unwritten);
         }
         self.commit(link, batch.last());
@@ -249,14 +249,22 @@ impl Writer {
         for call in &forgotten {
             let (id, caller, route, task) = (call.id, &call.caller, &call.route, call.task.as_ref());
             let task = task.map(ToString::to_string);
-            tracing::error!(%id, caller, route, task, "too many outcomes are unresolved: the oldest leaves their list");
+            tracing::error!(
+                %id, caller, route, task,
+                "too many calls have an unknown outcome: the oldest was removed from the list of unresolved calls"
+            );
         }
         let forgotten: Vec<_> = forgotten.iter().map(|call| call.id).collect();
         let behind = self.ledger.list_behind(list, batch);
         self.list_filled = batch.fill_list(&behind, &forgotten) as u64;
         if batch.size() as u64 + room(shared) > limit::of_files() {
             let (calls, bytes, raise) = (behind.calls().count(), self.list_filled, limit::RAISE);
-            tracing::error!(calls, bytes, raise, "the list of unresolved calls has no room in a file");
+            tracing::error!(
+                calls,
+                bytes,
+                raise,
+                "the list of unresolved calls does not fit into a file, so it is not written"
+            );
             batch.leave_list_out(json!({ "calls": calls, "bytes": bytes, "forgotten": forgotten }));
             self.list_refused = Some(Instant::now());
         }
@@ -356,7 +364,7 @@ impl Writer {
         self.clocks.update(shared);
         match self.keeping.find(&self.directory, &self.keys, &self.clocks) {
             Ok(old) => self.old = old,
-            Err(error) => tracing::warn!(%error, "old segments of the audit trail cannot be looked for"),
+            Err(error) => tracing::warn!(%error, "the audit directory cannot be searched for old segments"),
         }
         if let Some(old) = &self.old {
             shared.event(retention::EVENT, old.details());
@@ -381,8 +389,8 @@ impl Writer {
                 size,
                 max_size,
                 "a segment of the audit trail was removed before `retain` had passed, since the trail was larger than \
-                 max_size; none of its records is of the idempotency window. To keep records for longer, raise [audit] \
-                 max_size, and its volume with it, or copy segments elsewhere before they go"
+                 max_size; none of its records is within the idempotency window. To keep records for longer, raise \
+                 [audit] max_size, and its volume with it, or copy segments elsewhere before they are removed"
             );
         }
     }

@@ -27,7 +27,7 @@ use super::out::{complain, out};
 use super::parse_id;
 use super::refusal::code_of;
 
-/// Make, verify and read an audit trail. All work beside a running gateway, but for those that say otherwise.
+/// Create, verify and read an audit trail. All commands work while a gateway runs, unless they say otherwise.
 #[derive(clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
@@ -36,27 +36,27 @@ pub(super) struct Args {
 
 #[derive(clap::Subcommand)]
 enum Command {
-    /// Make the directory of a new trail and its key, once; what is there stays.
+    /// Create the directory and the key of a new trail. What already exists is not changed.
     Init(Place),
-    /// Recompute every hash; exits with 1 and names each line that does not fit, and what is missing.
+    /// Recompute every hash. Names each line whose hash does not match and what is missing, and exits with 1 if there is any.
     Verify(Trail),
-    /// List intents without an outcome: of a stopped trail those that a crash left open, of a live one those at work.
-    /// Exits with 1 when there are some. Those of unknown outcome are listed by `unresolved`.
+    /// List intents without an outcome: the calls in progress if a gateway runs, otherwise those that a crash left open.
+    /// Exits with 1 if there are any. `unresolved` lists the calls of unknown outcome.
     InDoubt(Trail),
-    /// List the calls of unknown outcome that nobody has resolved; exits with 1 when there are some.
+    /// List the calls of unknown outcome that are not resolved. Exits with 1 if there are any.
     Unresolved(Trail),
-    /// Say what became of a call of unknown outcome, after a look at the cloud. Recorded in the trail; a running gateway is
-    /// asked through its control socket. Exits with 1 where that contradicts what is known.
+    /// Record what became of a call of unknown outcome. Check in the cloud first. If a gateway runs, it writes the record;
+    /// it is asked through its control socket. Exits with 1 if the result contradicts what is known.
     Resolve(Resolve),
-    /// Print all records of one request; exits with 1 when there are none.
+    /// Print all records of one request. Exits with 1 if there are none.
     Show(Show),
-    /// Print the last record's number and hash, to be kept elsewhere.
+    /// Print number and hash of the last record, to be kept elsewhere.
     Head(Trail),
-    /// Accept that a part of the trail is lost: Idempotency-Keys that are not found count as new from then on, and tasks may
+    /// Accept the loss of a part of the trail: from then on Idempotency-Keys that are not found count as new, and tasks may
     /// be assigned twice. Recorded in the trail. The gateway must not run.
     AcceptLoss(Trail),
-    /// Believe the wall clock as it is, where a gateway finds it doubtful. Recorded in the trail; a running gateway is asked
-    /// through its control socket.
+    /// Accept the wall clock although the gateway finds it doubtful. Recorded in the trail. If a gateway runs, it writes the
+    /// record; it is asked through its control socket.
     AcceptClock(AcceptClock),
 }
 
@@ -73,10 +73,10 @@ struct Resolve {
     /// Your name, for the record.
     #[arg(long, value_name = "NAME")]
     by: String,
-    /// What else is to be kept.
+    /// A note for the record.
     #[arg(long, value_name = "TEXT")]
     note: Option<String>,
-    /// Contradict an earlier resolution; both stay on record.
+    /// Replace an earlier resolution by another result; the trail keeps both.
     #[arg(long)]
     correct: bool,
     #[command(flatten)]
@@ -96,8 +96,8 @@ struct Show {
     /// The request id.
     #[arg(value_parser = parse_id)]
     id: Uuid,
-    /// The lines as they stand in the trail, so that their hashes can be recomputed. In those of older versions, or that somebody
-    /// else wrote, characters that a terminal may take for something else are escaped.
+    /// Print the lines as they are in the trail, so that their hashes can be recomputed. In lines that an older version or
+    /// another program wrote, characters that a terminal may interpret are escaped.
     #[arg(long)]
     json: bool,
 }
@@ -113,10 +113,10 @@ struct AcceptClock {
 /// How a running gateway is asked.
 #[derive(clap::Args)]
 struct Asking {
-    /// Its control socket; default: as the audit directory says.
+    /// The control socket of the gateway; default: the one that the audit directory names.
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
-    /// For machines.
+    /// Print JSON.
     #[arg(long)]
     json: bool,
 }
@@ -135,7 +135,7 @@ struct Place {
 struct Trail {
     #[command(flatten)]
     place: Place,
-    /// For machines.
+    /// Print JSON.
     #[arg(long)]
     json: bool,
 }
@@ -203,8 +203,9 @@ impl Trail {
         if let Some(record) = record {
             let key = self.place.key_file.clone().unwrap_or_else(|| key_path(directory));
             bail!(
-                "{}: the key in {} does not fit record {record}, nor any other: it is the key of another trail, or each record \
-                 was changed. Name the trail's own key with --key-file; if that does not fit either, the records were changed",
+                "{}: the key in {} does not match record {record}, nor any other: it is the key of another trail, or \
+                 each record was changed. Name the trail's own key with --key-file; if that does not match either, the \
+                 records were changed",
                 directory.display(),
                 key.display()
             );
@@ -238,7 +239,10 @@ fn verify(trail: &Trail, found: &TrailState) -> bool {
         out!("{}: {}", name(&directory.join(&damage.file)), damage.reason);
     }
     if found.is_lock_unreadable {
-        out!("{}: cannot be read, so that a missing end would not be noticed", name(&directory.join("lock")));
+        out!(
+            "{}: cannot be read, so a missing end of the trail would not be noticed",
+            name(&directory.join("lock"))
+        );
     }
     if let Some((file, offset, _)) = torn {
         out!("{}: byte {offset}: the last line is torn; the next start cuts it off", name(file));
@@ -372,7 +376,7 @@ fn record_resolution(args: &Resolve) -> anyhow::Result<bool> {
 fn believe_clock(args: &AcceptClock) -> anyhow::Result<bool> {
     let append = || {
         let seq = accept_clock(&args.place.directory, args.place.keys()?)?;
-        let text = format!("accepted: the next start believes the wall clock (record {seq})");
+        let text = format!("accepted: the next start trusts the wall clock (record {seq})");
         Ok(Response { ok: true, seq: Some(seq), text })
     };
     let answer = ask_or_append(&args.place, &args.asking, &Request::AcceptClock, append)?;

@@ -26,7 +26,7 @@ use super::{BAD_CONFIGURATION, Configured, snippet};
 pub(super) struct Args {
     #[command(flatten)]
     configured: Configured,
-    /// For machines.
+    /// Print JSON.
     #[arg(long)]
     json: bool,
 }

@@ -21,13 +21,13 @@ pub(super) struct Args {
 
 #[derive(clap::Subcommand)]
 enum Command {
-    /// Check a body; exits with 1 when it breaks the contract.
+    /// Check a body. Exits with 1 if it breaks the contract.
     Check {
         /// A JSON Schema file, or `appointQualityTask` for the built-in one.
         schema: String,
         /// The body, or `-` for standard input.
         body: PathBuf,
-        /// For machines.
+        /// Print JSON.
         #[arg(long)]
         json: bool,
     },
@@ -75,7 +75,7 @@ fn read(body: &Path) -> anyhow::Result<Vec<u8>> {
 
 fn print(fault: Option<&BodyFault>) {
     match fault {
-        None => out!("the body keeps the contract"),
+        None => out!("the body conforms to the contract"),
         Some(BodyFault::NotJson(fault)) => out!("not strict JSON: {fault}"),
         Some(BodyFault::Violations(violations)) => {
             for violation in &violations.list {

@@ -30,13 +30,13 @@ const EXAMPLE: &str = r#"{"qualityTaskId":"954645333549048833","setCountsType":1
 /// Run the gateway on a sandbox of the cloud, with an example request.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// Show the example request and leave.
+    /// Send the example request, show it, and exit.
     #[arg(long)]
     once: bool,
-    /// Where callers connect; with `--once` any free port.
+    /// Address for callers; with `--once` any free port.
     #[arg(long, value_name = "ADDR", value_parser = parse_address, default_value = "127.0.0.1:8080")]
     listen: SocketAddr,
-    /// Where ops look; with `--once` any free port.
+    /// Address of the admin listener; with `--once` any free port.
     #[arg(long, value_name = "ADDR", value_parser = parse_address, default_value = "127.0.0.1:9090")]
     admin: SocketAddr,
 }

@@ -10,17 +10,17 @@ use ccsqm_gateway::{admin, preflight};
 
 use super::{BAD_CONFIGURATION, out};
 
-/// Ask a running gateway whether it lives, or is ready.
+/// Ask a running gateway whether it is alive or ready.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// The admin listener, such as localhost:9090. Without it, the one of the environment
-    /// (CCSQM_GATEWAY__ADMIN__ADDRESS) or of the configuration file counts, else 127.0.0.1:9090.
+    /// Address of the admin listener, such as localhost:9090. Default: the one in the environment
+    /// (CCSQM_GATEWAY__ADMIN__ADDRESS) or in the configuration file, else 127.0.0.1:9090.
     #[arg(long, value_name = "HOST:PORT", value_parser = parse_admin)]
     admin: Option<String>,
     /// The configuration file that names the admin listener.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Ask for readiness, not just for life.
+    /// Ask whether it is ready, not only whether it is alive.
     #[arg(long)]
     ready: bool,
 }

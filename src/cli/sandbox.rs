@@ -13,7 +13,7 @@ use super::{out, parse_address};
 /// Run a local stand-in for the cloud: tokenByAkSk and appointQualityTask, with scripted faults.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Where to listen.
+    /// Address to listen on.
     #[arg(long, value_name = "ADDR", value_parser = parse_address, default_value = "127.0.0.1:18080")]
     listen: SocketAddr,
     /// Server certificate chain (PEM); switches TLS on.
@@ -22,7 +22,7 @@ pub(crate) struct Args {
     /// Private key of the certificate (PEM).
     #[arg(long, value_name = "FILE", requires = "cert")]
     key: Option<PathBuf>,
-    /// Listen on an address that other machines reach. Anybody there can read its records and script its faults.
+    /// Allow an address that other machines can reach. Everyone who reaches it can read the records and script the faults.
     #[arg(long)]
     allow_remote: bool,
 }
@@ -36,7 +36,7 @@ fn sandbox(args: Args, asked: &Asked) -> anyhow::Result<ExitCode> {
     // The control API has no login, and the records show credentials in clear.
     ensure!(
         args.allow_remote || args.listen.ip().is_loopback(),
-        "{} can be reached by other machines; give --allow-remote if that is meant",
+        "{} can be reached by other machines; add --allow-remote if that is intended",
         args.listen
     );
     let tls = args.cert.zip(args.key).map(|(cert, key)| Tls::read(&cert, &key)).transpose()?;

@@ -21,8 +21,8 @@ const OTHER_FILES: u64 = 128;
 pub(super) struct Args {
     #[command(flatten)]
     configured: Configured,
-    /// Accept that a part of the audit trail is lost. WORD is what the refusal or the log names, and stands for this
-    /// loss only. Idempotency-Keys that are not found count as new then.
+    /// Accept the loss of a part of the audit trail. WORD is the one that the refusal or the log names, and is valid for
+    /// this loss only. From then on Idempotency-Keys that are not found count as new.
     #[arg(long, value_name = "WORD")]
     accept_loss: Option<String>,
 }
@@ -45,7 +45,10 @@ fn serve(Args { configured, accept_loss }: Args, asked: &Asked) -> anyhow::Resul
     };
     let set_log = super::begin_log(&config.log)?;
     if let Err(error) = hidden {
-        tracing::warn!(%error, "core dumps, or looks into this process, cannot be turned off");
+        tracing::warn!(
+            %error,
+            "core dumps, or access of other processes to this one's memory, cannot be turned off"
+        );
     }
     let misnamed = config.misnamed_variables(std::env::vars_os());
     for notice in misnamed.into_iter().chain(exposures(&config, &configured.config)) {
@@ -78,6 +81,10 @@ fn allow_files(connections: usize) {
     }
     let needed = u64::try_from(connections).unwrap_or(u64::MAX).saturating_add(OTHER_FILES);
     if let Some(limit) = maximum.filter(|limit| *limit < needed) {
-        tracing::warn!(limit, needed, "fewer files may be open than max_connections needs");
+        tracing::warn!(
+            limit,
+            needed,
+            "the limit on open files is lower than max_connections needs: raise it (LimitNOFILE=, ulimit -n)"
+        );
     }
 }

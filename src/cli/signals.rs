@@ -110,7 +110,7 @@ fn serves() -> bool {
 
 impl Stops {
     fn listen() -> anyhow::Result<Self> {
-        let listen = |kind: SignalKind| signal(kind).context("signals cannot be listened to");
+        let listen = |kind: SignalKind| signal(kind).context("the signal handlers cannot be set up");
         Ok(Self {
             terminate: listen(SignalKind::terminate())?,
             interrupt: listen(SignalKind::interrupt())?,
@@ -158,7 +158,7 @@ pub(super) fn while_listening(
             Ok(()) => unreachable!("it had sent its result"),
         },
         None => {
-            log::say("ccsqm-gateway: stopped while it started; it has served nobody");
+            log::say("ccsqm-gateway: stopped during the start; no request was served");
             Ok(ExitCode::SUCCESS)
         }
     }

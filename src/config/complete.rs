@@ -68,7 +68,7 @@ fn complete_listener(context: &mut Context<'_>, table: &str, listener: &mut List
     if has_tls && listener.allow_plaintext == Some(true) {
         context.problem(
             &key("allow_plaintext"),
-            "contradicts tls: nothing crosses the network unencrypted there",
+            "contradicts tls: with TLS nothing crosses the network unencrypted",
         );
     }
     match &mut listener.address {
@@ -77,7 +77,7 @@ fn complete_listener(context: &mut Context<'_>, table: &str, listener: &mut List
             // A browser cannot connect to a Unix socket, so there is no DNS rebinding to guard against by `Host`.
             (listener.hosts, listener.allow_plaintext) = (None, None);
             if listener.tls.is_some() {
-                let reason = "is for TCP listeners only: nobody can read a Unix socket on its way";
+                let reason = "is for TCP listeners only: a Unix socket does not cross the network";
                 context.problem(&key("tls"), reason);
             }
         }
@@ -132,7 +132,7 @@ fn complete_upstream(context: &mut Context<'_>, upstream: &mut Upstream) {
     for (key, name, value) in headers {
         // Two spellings in one layer are a mistake: no rule says which of them is meant.
         if !spellings.insert((discriminant(context.location(&key)), name.to_ascii_lowercase())) {
-            context.problem(&key, "is set already, in other capitals: leave one of them");
+            context.problem(&key, "is set twice, in different capitals: remove one of them");
         } else if let Err(reason) = check_static_header(&name, &value) {
             context.problem(&key, reason);
         } else {
@@ -167,14 +167,14 @@ fn check_credential(context: &mut Context<'_>, table: &str, credential: &Credent
         // The sources are poisoned, so that they are not reported as missing as well.
         if context.is_set(&inline) {
             let reason = format!(
-                "a secret must not stand in the configuration; put it into a file and name that as {name}_file"
+                "a secret must not be in the configuration; put it into a file and set {name}_file to its path"
             );
             context.problem(&inline, reason);
             context.poison(&[in_file, in_variable]);
         } else if file && variable {
             context.problem(&in_file, format!("either {name}_file or {name}_env, not both"));
         } else if !file && !variable && !is_poisoned {
-            context.lacks(&in_file, format!("is missing ({name}_env would do, too)"));
+            context.lacks(&in_file, format!("is missing; set it, or {name}_env instead"));
         }
     }
 }

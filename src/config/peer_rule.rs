@@ -48,7 +48,7 @@ impl PeerRule {
         match self {
             Self::Loopback => "every process of this network namespace".into(),
             Self::Network(network) => format!("every process with an address of {network}"),
-            Self::Certificate(name) => format!("whoever holds a certificate for {name}"),
+            Self::Certificate(name) => format!("every client with a certificate for {name}"),
             Self::Uid(uid) => format!("every process of user {uid}"),
             Self::Gid(gid) => format!("every process whose primary group is {gid}"),
         }

@@ -57,7 +57,7 @@ pub(super) fn table<T: DeserializeOwned + Default>(
             }
         }
     }
-    context.problem(of_table, format!("has more mistakes than the {MAX_MISTAKES} that are told"));
+    context.problem(of_table, format!("has more mistakes than the {MAX_MISTAKES} that are reported"));
     T::default()
 }
 
@@ -159,10 +159,10 @@ impl<'de> Deserializer<'de> for Reader<'_, '_> {
             // single value is stricter, since `timeout = 10` lacks its unit.
             ValueKind::I64(number) if self.is_item => visitor.visit_string(number.to_string()),
             ValueKind::I64(_) => Err(Fault::custom(
-                "must be a text in quotes; a quantity needs its unit, as in \"10s\" or \"64MiB\"",
+                "must be a string in quotes; a quantity needs its unit, as in \"10s\" or \"64MiB\"",
             )),
-            _ if self.is_item => Err(Fault::custom("must be a list of texts")),
-            _ => Err(Fault::custom("must be a text in quotes")),
+            _ if self.is_item => Err(Fault::custom("must be a list of strings")),
+            _ => Err(Fault::custom("must be a string in quotes")),
         }
     }
 
@@ -196,7 +196,7 @@ impl<'de> Deserializer<'de> for Reader<'_, '_> {
                 let parts = without_brackets(&text).split(',').map(|part| part.trim().trim_matches('"'));
                 parts.filter(|part| !part.is_empty()).map(Value::from).collect()
             }
-            _ => return Err(Fault::custom("must be a list of texts")),
+            _ => return Err(Fault::custom("must be a list of strings")),
         };
         let Self { context, left_out, key, .. } = self;
         // Items are numbered before faulty ones are left out, so that each one keeps the index that it has in the

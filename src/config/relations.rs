@@ -26,20 +26,21 @@ pub(super) fn check(context: &mut Context<'_>, config: &Config) {
     if config.server.drain_grace >= config.server.drain_timeout && !config.server.drain_grace.is_zero() {
         // Both count from the stop signal. With no time between them, requests accepted within the grace would be
         // cut off.
-        let reason = "must be shorter than server.drain_timeout, so that what is in flight can end";
+        let reason = "must be shorter than server.drain_timeout, so that requests in flight can end";
         between(context, ["server.drain_grace", "server.drain_timeout"], reason);
     }
     fields(context, config);
     if config.audit.retain.is_some_and(|retain| retain < config.idempotency.window) {
         // The trail is all that remembers keys across a restart. With a shorter `retain` it would forget keys that
         // are still valid, and a repeated call would be sent twice.
-        let reason = "must not be shorter than idempotency.window: keys live in the trail";
+        let reason = "must not be shorter than idempotency.window: the trail stores the Idempotency-Keys";
         between(context, ["audit.retain", "idempotency.window"], reason);
     }
     if config.idempotency.fingerprint_window > config.idempotency.window {
         // A start reads back `window` of the trail. Beyond it, an equal call would be recognised before a restart
         // and sent again after it.
-        let reason = "must not be longer than idempotency.window: a start reads no older calls";
+        let reason =
+            "must not be longer than idempotency.window: at a start the gateway reads no older calls";
         between(context, ["idempotency.fingerprint_window", "idempotency.window"], reason);
     }
     trail_size(context, config);
@@ -126,7 +127,7 @@ fn fields(context: &mut Context<'_>, config: &Config) {
         if !REDACTABLE.contains(&name.as_str()) && !of_contracts() {
             let own = REDACTABLE.join(", ");
             let reason =
-                format!("`{name}` cannot be hidden; there are {own}, and what contracts name with x-audit");
+                format!("`{name}` cannot be hidden; these can: {own}, and what contracts name with x-audit");
             context.problem("audit.fields", reason);
         }
     }
@@ -196,7 +197,13 @@ fn peers(context: &mut Context<'_>, config: &Config) {
         });
         if let Some(other) = other {
             let other = &config.callers[other].name;
-            context.problem(&key, format!("one peer can be both `{other}` and `{}`", caller.name));
+            context.problem(
+                &key,
+                format!(
+                    "one peer can be both `{other}` and `{}`: each peer must belong to one caller only",
+                    caller.name
+                ),
+            );
         } else if !doubtful_listeners && config.listeners_of(caller).next().is_none() {
             let needed = needed_listener(&caller.peer);
             context.problem(&key, format!("no listener can see this peer: {needed}"));

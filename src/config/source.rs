@@ -37,7 +37,7 @@ const NO_VALUE: ValueKind = ValueKind::Float(f64::NAN);
 const MAX_FILE: u64 = 4 << 20;
 
 /// The error for a flag whose index is neither that of an item of the list nor the next one.
-const NO_ITEM: &str = "names no item of the list, and not the next one: they are counted from 0";
+const NO_ITEM: &str = "names neither an item of the list nor the next one; items are counted from 0";
 
 /// The most [`Step`]s of a key in a variable or a flag. The TOML parser accepts the same depth of nesting.
 // Values are walked recursively: a flag with thousands of names overflowed the stack.
@@ -56,7 +56,8 @@ const MAX_OPEN: usize = 50;
 
 /// The error for a variable that sets a list of tables or one of its items, and for a flag that sets a list of tables
 /// as a whole.
-pub(super) const LIST_OF_TABLES: &str = "lists of tables can be set in the file, and their items by flags, as in --set listeners[0].address=127.0.0.1:8080";
+pub(super) const LIST_OF_TABLES: &str = "set a list of tables in the file, or keys of its items by flags, as in --set \
+     listeners[0].address=127.0.0.1:8080";
 
 /// Where a value was set.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -206,7 +207,7 @@ fn read_text(path: &Path) -> Result<String, (usize, String)> {
     };
     let bytes = bytes.map_err(refused)?;
     if bytes.len() as u64 > MAX_FILE {
-        return Err((1, "is larger than 4 MiB, so it is no configuration".into()));
+        return Err((1, "is larger than 4 MiB, which is too large for a configuration".into()));
     }
     String::from_utf8(bytes).map_err(|error| {
         // Everything before the first bad byte is valid, so its newlines give the line.
@@ -245,7 +246,10 @@ fn parse(
         let range = lines.range(number);
         let line = text[range.clone()].trim();
         let many = mistakes.len() == MAX_SYNTAX;
-        mistakes.push((number, if many { "is no TOML either; no more is told".into() } else { reason }));
+        mistakes.push((
+            number,
+            if many { "is not TOML either; further mistakes are not reported".into() } else { reason },
+        ));
         // An empty line cannot be blanked: parsing again would give the same error for ever.
         if many || line.is_empty() {
             return (make(1, None, ValueKind::Table(Map::new())), mistakes, Syntax::Lost);

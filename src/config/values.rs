@@ -147,7 +147,9 @@ pub(super) fn parse_proxy(text: &str) -> Result<ProxyUrl, String> {
     }
     let authority = uri.authority().ok_or("has no host")?;
     if authority.as_str().contains('@') {
-        return Err("must hold no user: name the files of user and password in proxy_user_file and proxy_password_file".into());
+        return Err("must not contain a user: put user and password into files and name these in proxy_user_file and \
+             proxy_password_file"
+            .into());
     }
     if uri.path() != "/" || uri.query().is_some() {
         return Err("must have neither a path nor a query".into());
@@ -177,7 +179,8 @@ pub(super) fn parse_url(text: &str) -> Result<Url, String> {
     let is_loopback =
         host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
     if !tls && !is_loopback {
-        return Err("http:// is allowed to a loopback address only: the credential would cross the network in the clear".into());
+        return Err("http:// is allowed for a loopback address only: the credential would cross the network unencrypted"
+            .into());
     }
     ServerName::try_from(host.as_str()).map_err(|_| "has a host that is neither a name nor an address")?;
     let port = authority.port_u16().unwrap_or(if tls { 443 } else { 80 });
@@ -204,7 +207,7 @@ pub(super) fn parse_path(text: &str) -> Result<PathBuf, String> {
 pub(super) fn parse_base_url(text: &str) -> Result<Url, String> {
     let mut url = parse_url(text)?;
     if url.path != "/" {
-        return Err("must have no path: routes have whole paths of their own".into());
+        return Err("must have no path: each route has a whole path of its own".into());
     }
     url.path.clear();
     Ok(url)
@@ -246,9 +249,9 @@ pub(super) fn check_static_header(name: &str, value: &str) -> Result<(), &'stati
         return Err("is set by the gateway itself");
     }
     if looks_like_credential(header.as_str()) {
-        return Err("looks like a secret, which must not stand in the configuration");
+        return Err("looks like a secret, which must not be in the configuration");
     }
-    HeaderValue::from_str(value).map(drop).map_err(|_| "must be a text that a header can hold")
+    HeaderValue::from_str(value).map(drop).map_err(|_| "must be a string that a header can have as its value")
 }
 
 /// Whether the gateway itself decides about this request header.
@@ -286,7 +289,7 @@ pub(super) fn parse_required_header(text: &str) -> Result<HeaderName, String> {
     // The header protects against SSRF: an app that can be made to fetch a URL can rarely be made to add a header. A
     // header that is sent anyway protects against nothing.
     let is_usual = is_ours(&name) || !name.as_str().starts_with("x-") || looks_like_credential(name.as_str());
-    let reason = "must begin with x-, and be none that clients or proxies send by themselves";
+    let reason = "must begin with x-, and must not be a header that clients or proxies send by themselves";
     if is_usual || USUAL.contains(&name.as_str()) { Err(reason.into()) } else { Ok(name) }
 }
 

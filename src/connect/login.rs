@@ -100,9 +100,9 @@ fn contents(files: &LoginFiles) -> Result<[u8; 32], BadLogin> {
 // Control characters, which that section forbids as well, do not get here: no `Secret` has one.
 pub(crate) fn check_user(user: &[u8]) -> Result<(), &'static str> {
     let is_whole = !user.contains(&b':');
-    is_whole
-        .then_some(())
-        .ok_or("holds a colon, which no user's name can have: the password has a file of its own")
+    is_whole.then_some(()).ok_or(
+        "contains a colon, which a user name cannot have: put the password into the file of proxy_password_file",
+    )
 }
 
 /// A user and password in the form in which they are sent, with what the proxy has said about them. `Debug` shows nothing.

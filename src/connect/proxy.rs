@@ -46,8 +46,8 @@ pub enum TunnelError {
     NoLogin,
     /// The proxy refuses the user and password.
     #[error(
-        "the proxy refuses the user and password of proxy_user_file and proxy_password_file (status 407): put \
-         those that it takes into these files; they are read again when they change"
+        "the proxy refuses the user and password of proxy_user_file and proxy_password_file (status 407): put those that \
+         it accepts into these files; they are read again when they change"
     )]
     WrongLogin,
     /// The proxy wants credentials by another scheme than `Basic`.
@@ -58,12 +58,13 @@ pub enum TunnelError {
     NotBasic,
     /// The proxy did not answer twice in a row, which may be its refusal.
     #[error(
-        "the proxy left the user and password of proxy_user_file and proxy_password_file without an answer twice in a \
-         row, as if it refused them: they are held back for a while; see whether they are right, and the proxy's log"
+        "twice in a row the proxy did not answer when it was sent the user and password of proxy_user_file and \
+         proxy_password_file, which counts as a refusal: they are not sent again for a while. Check whether they are \
+         right, and look into the proxy's log"
     )]
     Unanswered,
     /// The answer is not HTTP, or a success is followed by bytes.
-    #[error("the proxy's answer is not one to CONNECT")]
+    #[error("the proxy's answer is not a valid answer to CONNECT")]
     NoAnswer,
     /// The answer is longer than the bound.
     #[error("the proxy's answer is longer than {} KiB", MAX_ANSWER / 1024)]

@@ -40,7 +40,7 @@ pub enum NotReceived {
     )]
     TooLarge(usize),
     /// The unfinished heads and bodies of all connections use up `max_unfinished`.
-    #[error("the gateway holds as many unfinished requests as it may (max_unfinished); call again shortly")]
+    #[error("the gateway has reached its limit on unfinished requests (max_unfinished); call again shortly")]
     NoRoom,
     /// The body was not whole within `body_timeout`; the value is that time.
     #[error("the body did not arrive within {0:?}; send the whole of it at once")]
@@ -52,7 +52,7 @@ pub enum NotReceived {
     // Request smuggling: if the trailer section begins with a bare LF, hyper reads on to the next empty line, where a proxy in
     // front may see the end of the body and the next request. No caller of this API needs trailers.
     // tests/hyper.rs: bare_lf_after_the_last_chunk_starts_a_trailer
-    #[error("the body has trailer fields behind its last chunk; send it without them")]
+    #[error("the body has trailer fields after its last chunk; send it without them")]
     Trailers,
 }
 

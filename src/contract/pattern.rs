@@ -162,7 +162,7 @@ impl Ecma<'_> {
             Ast::ClassBracketed(class) => self.class(class),
             Ast::Assertion(assertion) => match assertion.kind {
                 AssertionKind::StartLine | AssertionKind::EndLine => Ok(()),
-                _ => self.refuse(&assertion.span, "only ^ and $ are taken of the assertions"),
+                _ => self.refuse(&assertion.span, "^ and $ are the only assertions that are supported"),
             },
             Ast::Repetition(repetition) => {
                 let span = &repetition.op.span;
@@ -180,8 +180,10 @@ impl Ecma<'_> {
                     GroupKind::NonCapturing(flags) => flags.items.is_empty(),
                 };
                 if !is_plain {
-                    return self
-                        .refuse(&group.span, "of the groups only (…), (?:…) and (?<name>…) are supported");
+                    return self.refuse(
+                        &group.span,
+                        "(…), (?:…) and (?<name>…) are the only groups that are supported",
+                    );
                 }
                 self.take(&mut group.ast)
             }

@@ -300,7 +300,7 @@ impl Compiler<'_> {
                 other => {
                     return fail(
                         step(at, other),
-                        "must not stand beside $ref, where only annotations such as `title` may",
+                        "is not allowed beside $ref: only annotations such as `title` are",
                     );
                 }
             }
@@ -313,7 +313,7 @@ impl Compiler<'_> {
         if self.open.iter().any(|open| open == target) {
             return fail(
                 step(at, "$ref"),
-                "refers to itself, at once or by way of others: schemas cannot be recursive",
+                "refers to itself, directly or through other schemas: recursive schemas are not supported",
             );
         }
         self.open.push(target.to_owned());
@@ -379,7 +379,7 @@ impl Compiler<'_> {
             let node = self.node(schema, &at, Nesting::InAnyOf)?;
             // The walk reads a container once, and cannot go back to try its next alternative.
             if !node.is_scalar() {
-                return fail(&at, "each schema in anyOf must have a `type`, and none of object and array");
+                return fail(&at, "each schema in anyOf must have a `type` other than object and array");
             }
             nodes.push(node);
         }
@@ -390,7 +390,7 @@ impl Compiler<'_> {
         let name = text(value, at)?;
         // In an alternative the member would be recorded for some values only, and a list would lose its positions.
         if nesting == Nesting::InAnyOf {
-            return fail(at, "must stand beside anyOf, not in it");
+            return fail(at, "must be beside anyOf, not in it");
         }
         if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_') {
             return fail(at, "must be a name of the letters a-z and _");

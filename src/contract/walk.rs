@@ -15,7 +15,7 @@ use super::{MAY_BE_ROUNDED, MUST_BE_STRING, rounded};
 use crate::config::BareIds;
 use crate::json::{Abort, Cursor, Lexeme, NotJson, Number, ValueStart, check_encoding};
 
-const TWICE: &str = "this key stands twice in the object";
+const TWICE: &str = "this key occurs twice in the object";
 
 /// One walk over a body. `F` decides what happens at a violation.
 pub(super) struct Walk<'a, F> {
@@ -353,10 +353,10 @@ impl<'a, F: Findings<'a>> Walk<'a, F> {
         let (code, detail) = match self.bare_ids {
             BareIds::Detect if rounded::may_be_rounded(number) => (
                 MAY_BE_ROUNDED,
-                "an id above 2^53 may have lost digits in a client that holds numbers as doubles: send it as a string",
+                "an id above 2^53 may have lost digits in a client that stores numbers as doubles: send it as a string",
             ),
             BareIds::Refuse => {
-                (MUST_BE_STRING, "must be a string: the gateway takes no id of this caller as a number")
+                (MUST_BE_STRING, "must be a string: the gateway accepts no numbers as ids from this caller")
             }
             BareIds::Detect | BareIds::Exact => return Ok(true),
         };

@@ -186,8 +186,8 @@ impl Exchange {
         let what = match cause {
             Cause::TokenRejected => "refuses a fresh token",
             Cause::ReplyStatus => "is out of service",
-            Cause::ReplyUnreadable => "answers nothing that tells what became of the task",
-            _ => "refuses the token, and no other one can be had",
+            Cause::ReplyUnreadable => "sent an answer that does not say what became of the task",
+            _ => "refuses the token, and no other one is available",
         };
         self.report(&Reason::new(cause, format!("the upstream {what}: status {status}")), progress);
     }

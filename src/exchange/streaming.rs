@@ -87,7 +87,7 @@ impl StreamedReply {
                         let tokens = self.first_token.iter().chain([&self.token]);
                         self.terms.failed(&reason, record.id(), tokens);
                     }
-                    let note = "the reply broke off behind its first 64 KiB";
+                    let note = "the reply broke off after its first 64 KiB";
                     let finished = self.close(self.not_taken().or(Some(note)));
                     self.hand_over(committed(finished, deadline).await.ok().flatten());
                     return;

@@ -46,7 +46,12 @@ impl Idempotency {
     pub(super) fn lose(&self, loss: Loss, window: u32) {
         let Loss { first: LostPart { file, line, reason, .. }, word, .. } = &loss;
         if self.accept_loss.as_ref() == Some(word) {
-            tracing::warn!(file, line, reason, "a part of the audit trail is lost, and that is accepted");
+            tracing::warn!(
+                file,
+                line,
+                reason,
+                "a part of the audit trail is lost, and the loss was accepted"
+            );
             // The record keeps the next start from refusing again. It names the faults of this loss, so that it covers no later
             // damage.
             self.audit.event(loss::ACCEPTED, loss.details());

@@ -169,13 +169,20 @@ impl Idempotency {
         while let Err(error) = self.try_rebuild(settings, directory, audit) {
             // Once, not each second: the cause rarely changes, and `/status` says that the keys are not known yet.
             if !failed {
-                tracing::error!(%error, "earlier Idempotency-Keys cannot be read from the audit trail; calls with a key are refused meanwhile");
+                tracing::error!(
+                    %error,
+                    "earlier Idempotency-Keys cannot be read from the audit trail; calls with a key are refused until \
+                     they can"
+                );
             }
             failed = true;
             thread::sleep(RETRY);
         }
         self.is_rebuilt.store(true, Ordering::Release);
-        tracing::info!(keys = self.keys(), "Idempotency-Keys of the window are known");
+        tracing::info!(
+            keys = self.keys(),
+            "the Idempotency-Keys of the window were read from the audit trail"
+        );
     }
 
     /// Reads the trail once. After an error no claim has changed, and successes that were restored are not added twice by the

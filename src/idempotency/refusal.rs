@@ -30,18 +30,18 @@ pub enum Refused {
     #[error(transparent)]
     Key(#[from] BadKey),
     /// There is no key, under `without_key = "require_key"`.
-    #[error("an Idempotency-Key is needed here: 1 to 255 visible characters, another one for each task")]
+    #[error("an Idempotency-Key is required here: 1 to 255 visible characters, a new one for each task")]
     NoKey,
     /// The first call with this key is at work.
     #[error(
-        "the first call with this Idempotency-Key is still at work; call again with the same key in a second"
+        "the first call with this Idempotency-Key is still in progress; call again with the same key in a second"
     )]
     InProgress(RequestId),
     /// The outcome of the first call with this key is unknown.
     #[error(
-        "the first call with this Idempotency-Key may have reached the upstream, so that this one was not sent: look in the \
-         cloud whether the task is assigned; if it is not, repeat the call with the same key and `Idempotency-Force: {0}`; if \
-         that is refused, too, take a new key"
+        "the first call with this Idempotency-Key may have reached the upstream, so this one was not sent. Check in the \
+         cloud whether the task is assigned; if it is not, repeat the call with the same key and `Idempotency-Force: \
+         {0}`; if that is refused, too, use a new key"
     )]
     Unknown(RequestId),
     /// The key belongs to a call with another body or operator.
@@ -49,16 +49,16 @@ pub enum Refused {
     Mismatch(FirstCall),
     /// An equal call is at work, or its outcome is unknown.
     #[error(
-        "an equal call (same body, same x-userid) is at work or may have reached the upstream, so that this one was not sent: \
-         look in the cloud whether the task is assigned; if it is not, or if it is meant twice, repeat the call with \
-         `Idempotency-Force: {0}`"
+        "an equal call (same body, same x-userid) is in progress or may have reached the upstream, so this one was not \
+         sent. Check in the cloud whether the task is assigned; if it is not, or if you want it assigned twice, repeat \
+         the call with `Idempotency-Force: {0}`"
     )]
     Duplicate(RequestId),
     /// An equal call succeeded. It is undelivered, or a person resolved it as done, or `without_key = "block"` still remembers
     /// it.
     #[error(
-        "an equal call (same body, same x-userid) succeeded, so that the task is assigned and this one was not sent; if it is \
-         meant twice, repeat the call with `Idempotency-Force: {0}`"
+        "an equal call (same body, same x-userid) succeeded: the task is assigned, and this call was not sent. If you \
+         want it assigned twice, repeat the call with `Idempotency-Force: {0}`"
     )]
     Done(RequestId),
     /// The table of keys is full until the oldest expires.
@@ -72,19 +72,20 @@ pub enum Refused {
     NoMoreKeysOfCaller,
     /// The table of doubts is full, or this caller's share of it.
     #[error(
-        "too many calls are of unknown outcome, so that a further one could be lost; the operators must resolve them"
+        "too many calls have an unknown outcome, so another one could not be remembered and was not sent; the operators \
+         of the gateway must resolve them"
     )]
     TooManyInDoubt,
     /// Under `block`: the table of successes of calls without a key is full, or this caller's share of it.
     #[error(
-        "no more calls without an Idempotency-Key can be remembered at the moment, so that an equal one could pass; call again \
-         later, or give each task a key"
+        "no more calls without an Idempotency-Key can be remembered at the moment, so a duplicate would not be noticed; \
+         call again later, or give each task a key"
     )]
     NoMoreSuccesses,
     /// A part of the trail is lost, and the rest does not have the key.
     #[error(
-        "a part of the audit trail is lost, so that nobody knows whether this Idempotency-Key was used; keep the key and call \
-         again later; the operators must restore the trail or accept the loss"
+        "a part of the audit trail is lost, so the gateway cannot know whether this Idempotency-Key was used. Keep the \
+         key and call again later; the operators of the gateway must restore the trail or accept the loss"
     )]
     Lost,
     /// The trail is still being read.

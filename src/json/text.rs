@@ -9,7 +9,7 @@ use super::{Abort, Cursor};
 /// The reason for a lone surrogate: half of a character beyond the first 65,536.
 // RFC 8259 §8.2 leaves its meaning open. Parsers replace it, drop it or refuse it, so two of them may read different strings.
 pub(super) const SURROGATE: &str =
-    "half a character: `\\uD800` to `\\uDBFF` must come before `\\uDC00` to `\\uDFFF`";
+    "half a surrogate pair: `\\uD800` to `\\uDBFF` must come before `\\uDC00` to `\\uDFFF`";
 
 /// A string as it is written, without its quotes. Its escapes are valid. It is UTF-8 if the document is.
 #[derive(Clone, Copy, Debug)]
@@ -77,7 +77,7 @@ impl<'a> Cursor<'a> {
         let mut unit = 0;
         for _ in 0..4 {
             let Some(digit) = self.peek().and_then(|byte| char::from(byte).to_digit(16)) else {
-                return Err(self.abort("expected four hexadecimal digits behind `\\u`"));
+                return Err(self.abort("expected four hexadecimal digits after `\\u`"));
             };
             unit = unit << 4 | digit;
             self.position += 1;

@@ -65,24 +65,28 @@ impl Cause {
         // No `_` here: a new cause must get a text of its own.
         match self {
             Self::Dns => "its name does not resolve",
-            Self::NotLoopback => "its name leads beyond loopback, where nothing is sent without TLS",
-            Self::Refused => "nobody listens at its address",
-            Self::Unreachable => "there is no way to its address",
+            Self::NotLoopback => {
+                "its name resolves to no loopback address, and without TLS nothing is sent elsewhere"
+            }
+            Self::Refused => "nothing listens at its address",
+            Self::Unreachable => "the network has no route to its address",
             Self::Timeout => "it took too long",
             Self::Reset => "it closed the connection",
-            Self::Local => "the gateway's own machine denies the way to it",
+            Self::Local => "the gateway's own machine refuses the connection to it",
             Self::TlsUntrusted => "its certificate is not trusted",
             Self::TlsExpired => "its certificate has expired, or is not valid yet",
             Self::TlsName => "its certificate is for another name",
             Self::TlsIdentity => "it refuses the gateway's own certificate, or wants one",
             Self::TlsProtocol => "it does not speak TLS, or none of the gateway's versions",
-            Self::ProxyRefused => "the proxy on the way to it refuses",
+            Self::ProxyRefused => "the proxy on the way to it refuses to open a tunnel",
             Self::ProxyCredentials => {
                 "the proxy on the way to it wants credentials, or refuses the gateway's"
             }
-            Self::ProxyUnreadable => "the proxy on the way to it gives no answer to CONNECT that can be read",
+            Self::ProxyUnreadable => {
+                "the proxy on the way to it sent an answer to CONNECT that cannot be read"
+            }
             Self::ProxyCut => "the proxy on the way to it closed the connection",
-            Self::NotProcessed => "it takes no request at the moment",
+            Self::NotProcessed => "it accepts no request at the moment",
             Self::ReplyUnreadable => "its answer cannot be read",
             Self::ReplyCut => "its answer broke off",
             Self::ReplyStatus => "it answers that it is out of service",

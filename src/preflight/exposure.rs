@@ -162,8 +162,8 @@ fn of_directory(path: &Path) -> Option<String> {
             "audit.directory: every user can make files in {path} (mode {mode}): chmod o-w {path}"
         )),
         bits if bits & GROUP_WRITE != 0 => Some(format!(
-            "audit.directory: whoever is of group {} can change the trail in {path} (mode {mode}): chmod g-w {path}, unless \
-             the group is the gateway's own, as with fsGroup",
+            "audit.directory: every member of group {} can change the trail in {path} (mode {mode}): chmod g-w {path}, \
+             unless the group is the gateway's own, as with fsGroup",
             found.gid()
         )),
         _ => None,
@@ -177,8 +177,8 @@ fn of_key(name: &str, path: &Path) -> Option<String> {
     let different = bytes.iter().collect::<HashSet<_>>().len();
     (different < FEW_BYTES).then(|| {
         format!(
-            "{name}: {} has only {different} different bytes, so that it can be guessed, and the trail forged. Make one \
-             with `head -c 32 /dev/urandom`, for a new trail",
+            "{name}: {} has only {different} different bytes, so it can be guessed, and the trail can be forged. For a \
+             new trail, make a key with `head -c 32 /dev/urandom`",
             path.display()
         )
     })
@@ -201,8 +201,8 @@ fn of_folders(named: &[Named<'_>]) -> Vec<String> {
         let found = fs::metadata(&folder).ok().filter(is_open_to_all)?;
         let (settings, mode, folder) = (settings(named.into_iter()), mode(&found), folder.display());
         Some(format!(
-            "{settings}: every user can put something else in the place of what is named, since the folder {folder} has mode \
-             {mode}: chmod o-w {folder}"
+            "{settings}: every user can replace the file or directory, since the folder {folder} has mode {mode}: chmod \
+             o-w {folder}"
         ))
     };
     folders.into_iter().filter_map(line).collect()
@@ -245,7 +245,8 @@ fn of_owners(named: &[Named<'_>], directory: &Path) -> Vec<String> {
     let line = |(uid, (named, paths)): (u32, (Vec<&Named<'_>>, Vec<PathBuf>))| {
         let paths: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
         format!(
-            "{}: user {uid}, who is neither root nor the gateway's own, can change what is named, since {uid} owns {}: chown it",
+            "{}: user {uid}, who is neither root nor the gateway's own, can change the file or directory, since {uid} \
+             owns {}: chown it",
             settings(named.into_iter()),
             paths.join(", ")
         )

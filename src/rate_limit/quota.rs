@@ -52,12 +52,12 @@ struct Throttled {
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum Exhausted {
     /// The configured quota.
-    #[error("the quota that all callers share is spent; call again after Retry-After seconds")]
+    #[error("the quota that all callers share is used up; call again after Retry-After seconds")]
     Whole(LimitExceeded),
     /// The quota as it was throttled after a 429 of the upstream.
     #[error(
-        "nothing was sent: the upstream answered 429 (too many requests) to earlier calls, so that the gateway sends less for some \
-         time; call again after Retry-After seconds"
+        "nothing was sent: the upstream answered 429 (too many requests) to earlier calls, so the gateway sends fewer \
+         requests for some time; call again after Retry-After seconds"
     )]
     Throttled(LimitExceeded),
 }
@@ -152,7 +152,7 @@ impl Quota {
         // Logged without the lock. Under it, one 429 held up every call while stderr was a full pipe.
         drop(throttled);
         if together.is_none() {
-            tracing::warn!(share, ?pause, "the upstream answered 429: the quota shrinks");
+            tracing::warn!(share, ?pause, "the upstream answered 429: quota reduced");
         }
     }
 
@@ -176,7 +176,7 @@ impl Quota {
         }
         drop(throttled);
         if is_whole {
-            tracing::info!("the quota is whole again");
+            tracing::info!("quota restored");
         }
     }
 

@@ -46,7 +46,7 @@ pub fn notices(config: &Config) -> Vec<String> {
     let of_proxy = login.filter(is_short).map(|_| {
         notice(
             "the password in upstream.proxy_password_file",
-            "certificates, as of a proxy that breaks TLS open,",
+            "certificates, such as that of a proxy that intercepts TLS,",
         )
     });
     of_credentials.chain(of_proxy).collect()

@@ -39,13 +39,13 @@ pub(super) enum NoTls {
     /// A newer one took its place.
     #[error("a newer handshake took its place")]
     Displaced,
-    #[error("the handshake was not over in time")]
+    #[error("the handshake did not end in time")]
     /// It exceeded its deadline.
     Late,
     /// The peer closed or reset the connection before it had said anything, as a probe does.
-    #[error("the caller said nothing")]
+    #[error("the caller sent nothing")]
     Silent,
-    #[error("no TLS, but what looks like plain HTTP, or a line of the PROXY protocol")]
+    #[error("the caller sent no TLS, but what looks like plain HTTP, or a line of the PROXY protocol")]
     /// The first byte is that of an HTTP method, or of the PROXY protocol.
     Plain,
     /// The connection failed before the handshake.

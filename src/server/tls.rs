@@ -342,7 +342,7 @@ impl Certificate {
         if let Some(Err(error)) = passed
             && let Some(times) = NO_LONGER_GOOD.times()
         {
-            tracing::info!(%error, times, "a caller's certificate is no longer good");
+            tracing::info!(%error, times, "a caller's certificate is no longer valid");
         }
         is_good
     }

@@ -24,13 +24,14 @@ const SOON: Duration = Duration::from_secs(60);
 const TOKENS: u32 = 3;
 
 /// The text at the beginning of a contest, in log and `/status`.
-pub(super) const SAID: &str = "each new token is refused soon after it worked: somebody else fetches tokens with the same app key, \
-    such as another gateway, and the token endpoint lets only the last one live. Fetches are slowed down, and calls wait for \
-    them. Give each gateway an app key of its own, or let only one use this app key";
+pub(super) const SAID: &str = "each new token is refused soon after it worked: another client, such as a second gateway, \
+     fetches tokens with the same app key, and only the last token of the token endpoint is valid. Fetches are slowed \
+     down, and calls wait for them. Give each gateway an app key of its own, or let only one use this app key";
 
 /// The text at the end of a contest, in the log.
 // It does not claim that the token worked: perhaps no call used it.
-pub(super) const OVER: &str = "a token was not refused soon: fetches are no longer slowed down";
+pub(super) const OVER: &str =
+    "a token was not refused soon after its fetch: fetches are no longer slowed down";
 
 /// Whether another client ends this gateway's tokens.
 #[derive(Debug, Default)]

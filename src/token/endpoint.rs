@@ -62,7 +62,7 @@ pub(super) enum FetchError {
     #[error("the reply holds no usable token: {0}")]
     Invalid(&'static str),
     /// A 200 with a content coding, though the request accepts none.
-    #[error("the reply has the content coding {0:?}, and was asked for without one")]
+    #[error("the reply has the content coding {0:?}, but none was requested")]
     Coded(HeaderValue),
     /// There was no connection, or it broke.
     #[error("{0}")]
@@ -274,7 +274,7 @@ impl Endpoint {
     /// Reads the body of a reply with status 200.
     fn read(&self, body: &[u8]) -> Result<Fetched, FetchError> {
         let Ok(reply) = serde_json::from_slice::<Reply>(body) else {
-            return Err(no_token(body, "its AccessToken is no text, or stands twice"));
+            return Err(no_token(body, "its AccessToken is not a string, or occurs twice"));
         };
         let token = reply.token.unwrap_or_default();
         let token = bare(&token);
@@ -282,7 +282,7 @@ impl Endpoint {
             return Err(no_token(body, "it has no AccessToken"));
         }
         if !is_bearer_token(token) {
-            return Err(no_token(body, "its AccessToken is none by RFC 6750, section 2.1"));
+            return Err(no_token(body, "its AccessToken is not valid by RFC 6750, section 2.1"));
         }
         let value = Zeroizing::new(format!("{SCHEME}{token}"));
         let mut authorization =
@@ -500,7 +500,7 @@ mod tests {
         assert!(read_text(None, r#"{"AccessToken":"t"}"#).is_ok(), "the control");
         for reply in [r#"{"AccessToken":7}"#, r#"{"AccessToken":"t","AccessToken":"t"}"#] {
             let error = read_text(None, reply).err().unwrap().to_string();
-            assert!(error.contains("its AccessToken is no text, or stands twice"), "{reply}: {error}");
+            assert!(error.contains("its AccessToken is not a string, or occurs twice"), "{reply}: {error}");
         }
     }
 

@@ -246,7 +246,7 @@ impl Fetcher {
     /// Records a failed fetch with the pair in use.
     fn fail(&mut self, slot: &Slot, error: &FetchError) {
         let (reason, text) = self.described(error, slot);
-        tracing::warn!(credential = slot.name, cause = %reason.cause, error = text, "no token");
+        tracing::warn!(credential = slot.name, cause = %reason.cause, error = text, "token fetch failed");
         // An invalidated token counts as usable here, unlike in `next`: this failure puts it back into use, so there is time.
         let urgent = slot.usable().is_none() && slot.is_awaited();
         self.active.retry.failed(error.failure(), urgent, Instant::now(), jitter());
@@ -260,9 +260,9 @@ impl Fetcher {
             credential = slot.name,
             cause = %reason.cause,
             error = &*text,
-            "the changed secret brought no token; the old one stays in use"
+            "token fetch with the changed secret failed; the old secret stays in use"
         );
-        let refused = format!("it brought no token ({}): {text}", reason.cause);
+        let refused = format!("a token fetch with it failed ({}): {text}", reason.cause);
         if self.unusable.is_none() {
             self.change.refused(&refused);
         }

@@ -56,14 +56,15 @@ impl TokenMetrics {
             fetches: registry.metric("token_fetches_total", "Calls of the token endpoint, by result."),
             reloads: registry
                 .metric("token_secret_reloads_total", "Changed secrets that were tried, by result."),
-            generation: registry.metric("token_generation", "Counts the different tokens since the start."),
+            generation: registry
+                .metric("token_generation", "Number of the current token, counted from the start."),
             usable: registry.metric("token_usable", "Whether there is a usable token."),
             contested: registry.metric(
                 "token_contested",
-                "Whether somebody else ends this gateway's tokens by fetching others with the same app key.",
+                "Whether another client ends this gateway's tokens by fetching others with the same app key.",
             ),
             // For operators only: a life is relative to the request, so that a wrong clock of the endpoint changes none.
-            skew: registry.metric("token_skew_seconds", "The endpoint's clock minus ours."),
+            skew: registry.metric("token_skew_seconds", "The token endpoint's clock minus the gateway's."),
         }
     }
 }

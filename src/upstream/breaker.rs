@@ -58,7 +58,8 @@ impl Health {
 /// The circuit is open: the request was rejected, and nothing was sent.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error(
-    "the upstream failed several times in a row (last: {}) and is left alone for a moment; nothing was sent. Call again after Retry-After seconds",
+    "the circuit breaker is open, since the upstream failed several times in a row (last: {}); nothing was sent. Call \
+     again after Retry-After seconds",
     .cause.meaning()
 )]
 pub struct CircuitOpen {
@@ -85,7 +86,7 @@ impl CircuitMetrics {
                 "1 while the circuit breaker is open: requests are refused, and the upstream is probed.",
             ),
             suspensions: registry
-                .metric("upstream_suspensions_total", "How often the upstream was left alone."),
+                .metric("upstream_suspensions_total", "How often the circuit breaker opened."),
         }
     }
 }
@@ -160,11 +161,12 @@ impl Breaker {
             self.metrics.suspensions.inc();
             tracing::warn!(
                 %cause,
-                "the upstream failed several times in a row, and last {}: requests are refused, and it is probed",
+                "circuit breaker opened: the upstream failed several times in a row, last: {}; requests are refused \
+                 until a probe succeeds",
                 cause.meaning()
             );
         } else {
-            tracing::info!("the upstream answers again");
+            tracing::info!("circuit breaker closed");
         }
     }
 

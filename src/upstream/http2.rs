@@ -247,8 +247,8 @@ impl Received {
         {
             tracing::warn!(
                 times,
-                "the upstream says that a request was not processed, and has answered on its HTTP/2 stream: what is \
-                 refused on this connection counts as unknown, and is not sent again"
+                "the upstream says that it did not process a request, but has answered on its HTTP/2 stream: requests \
+                 that it refuses on this connection count as unknown, and are not sent again"
             );
         }
         self.reads.count.fetch_add(1, Ordering::Relaxed);

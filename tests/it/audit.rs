@@ -205,7 +205,7 @@ fn key_of_another_trail_is_reported_in_one_line() {
         assert_eq!(run(&audit.join("audit.key")).0, 0, "the control");
         let (code, out, error) = run(&key);
         assert_eq!((code, out.as_str(), error.lines().count()), (78, "", 1), "{words:?}: {error}");
-        assert!(error.contains("does not fit record 1") && error.contains("--key-file"), "{error}");
+        assert!(error.contains("does not match record 1") && error.contains("--key-file"), "{error}");
     }
     assert_eq!(command(&["audit", "show", trail, &id]).0, 0, "it needs no key");
 }
@@ -276,7 +276,7 @@ fn audit_commands_support_text_and_json_output() {
     let other_key = gateway.folder.path().join("other.key");
     fs::write(&other_key, [7; 32]).unwrap();
     let (code, _, error) = run(&format!("verify --key-file {}", other_key.display()));
-    assert!(code == 78 && error.contains("does not fit record 1"), "{error}");
+    assert!(code == 78 && error.contains("does not match record 1"), "{error}");
     let (code, _, error) = run("verify --key-file /nowhere");
     assert!(code == 78 && error.contains("/nowhere"), "{error}");
     let (code, _, error) = command(&["audit", "verify", "/nowhere"]);
@@ -948,7 +948,7 @@ fn early_rejection_of_a_caller_is_recorded_under_its_name() {
             assert_eq!(ask(connect_from(source, gateway.address), &good).code(), "overloaded", "{source}");
         }
         gateway.signal("-TERM");
-        wait_for("the stop", || gateway.log().contains("stopping").then_some(()));
+        wait_for("the stop", || gateway.log().contains("shutdown started").then_some(()));
         for stream in silent {
             assert_eq!(ask(stream, &good).code(), "draining");
         }

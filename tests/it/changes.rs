@@ -66,7 +66,7 @@ fn failed_file_change_is_reported_with_its_time_until_corrected() {
         ("upstream client_cert_file", "own.pem", "rubbish", "own.pem"),
         ("upstream ca_file", "ca.pem", "rubbish", "ca.pem"),
         ("upstream ca_file", "ca.pem", "", "ca.pem"),
-        ("upstream proxy_password_file", "proxy_user", "gate:way", "proxy_user_file holds a colon"),
+        ("upstream proxy_password_file", "proxy_user", "gate:way", "proxy_user_file contains a colon"),
         ("upstream proxy_password_file", "proxy_password", "", "proxy_password is empty"),
     ];
     for (what, file, bad, says) in cases {

@@ -311,7 +311,7 @@ const SECRETS: &[Case] = &[
     (
         "a NUL byte",
         |it| it.put("app_secret", "s3\0cret"),
-        Bad(78, "app_secret_file: holds a control character"),
+        Bad(78, "app_secret_file: contains a control character"),
     ),
     (
         "two newlines",
@@ -325,7 +325,7 @@ const SECRETS: &[Case] = &[
     ),
     ("a blank before", |it| it.put("app_secret", " ".to_owned() + &secret()), Bad(78, "a blank")),
     ("a tab behind", |it| it.put("app_secret", secret() + "\t\n"), Bad(78, "a blank")),
-    ("a zero-width blank", |it| it.put("app_secret", "s3\u{200b}cret"), Bad(78, "nobody sees")),
+    ("a zero-width blank", |it| it.put("app_secret", "s3\u{200b}cret"), Bad(78, "another invisible one")),
     ("no UTF-8", |it| it.put("app_secret", b"s3cret\xff"), Bad(78, "app_secret_file: is not UTF-8")),
     ("a key in UTF-16", |it| it.put("app_key", utf16("key-1")), Bad(78, "app_key_file: is UTF-16")),
     (
@@ -424,7 +424,7 @@ const CERTIFICATES: &[Case] = &[
     (
         "an encrypted key",
         |it| tls(it, str::to_owned, |key| key.replace("PRIVATE", "ENCRYPTED PRIVATE")),
-        Bad(78, "key_file: the key's file holds an encrypted key"),
+        Bad(78, "key_file: the key's file contains an encrypted key"),
     ),
     ("a key encrypted as of old", |it| tls(it, str::to_owned, encrypt), Bad(78, "an encrypted key")),
     ("two keys", |it| tls(it, str::to_owned, |key| key.repeat(2)), Bad(78, "more than one private key")),
@@ -708,7 +708,7 @@ const SOCKETS: &[Case] = &[
     (
         "a file in its place",
         |it| it.listen_unix(&it.shown("app_key")),
-        Bad(78, "something else than a socket"),
+        Bad(78, "something other than a socket"),
     ),
     (
         "a link in its place",
@@ -716,7 +716,7 @@ const SOCKETS: &[Case] = &[
             symlink("nowhere", it.at("a.sock")).unwrap();
             it.listen_unix(&it.shown("a.sock"));
         },
-        Bad(78, "something else than a socket"),
+        Bad(78, "something other than a socket"),
     ),
     (
         "another program's",
@@ -1005,7 +1005,7 @@ fn check_treats_sockets_of_a_running_gateway_as_free() {
     (draft.listeners, draft.flags) = (listeners, flags.clone());
     // At another admin address it cannot be asked.
     draft.set("admin.address", free());
-    good(&draft, "does not say at admin.address where it listens");
+    good(&draft, "does not report at admin.address where it listens");
     draft.flags = flags;
 
     // Another file for the same trail, and another gateway.

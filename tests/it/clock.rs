@@ -375,7 +375,8 @@ fn trail_of_a_newer_version_is_not_modified() {
     Machine::end(machine.start(), End::Stop);
     append_start(&directory, 2);
     let before = fs::read(segments(&directory).pop().unwrap()).unwrap();
-    let said = "written by a newer version: format 2, this one knows 1";
+    let said =
+        "written by a newer version of the gateway: its format is 2, and this version reads formats up to 1";
     for command in ["verify", "in-doubt", "head", "accept-clock"] {
         let (code, _, error) = machine.audit(command);
         assert!(code == 78 && error.contains(said), "{command}: {code} {error}");

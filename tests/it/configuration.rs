@@ -472,7 +472,7 @@ fn dangerous_configuration_settings_are_rejected() {
         ),
         (
             text.clone() + "[[credentials]]\nname = \"b\"\napp_key = \"k\"\napp_secret = \"s\"\n",
-            "must not stand in the configuration",
+            "must not be in the configuration",
         ),
         (
             with(&text, header, &format!("{header}\nheaders = {{ authorization = \"x\" }}")),
@@ -486,7 +486,7 @@ fn dangerous_configuration_settings_are_rejected() {
         (text.clone() + "[log]\nlevel = \"inof\"\n", "log.level"),
         (
             with(&text, header, &format!("{header}\nproxy = \"http://u:p@egress.internal:3128\"")),
-            "upstream.proxy: must hold no user: name the files",
+            "upstream.proxy: must not contain a user: put user and password",
         ),
         (
             with(&text, header, &format!("{header}\nproxy = \"http://e:1\"\nproxy_user_file = \"app_key\"")),
@@ -818,8 +818,8 @@ fn flag_sets_a_key_of_an_item_in_a_list_of_tables() {
         assert_eq!(shown["configuration"].pointer(pointer), Some(&expected), "{flags:?} {shown}");
     }
     for (set, reason) in [
-        ("listeners[9].address=127.0.0.1:1", "names no item of the list"),
-        ("callers[2].peer=uid:1", "names no item of the list"),
+        ("listeners[9].address=127.0.0.1:1", "names neither an item of the list"),
+        ("callers[2].peer=uid:1", "names neither an item of the list"),
         ("listeners[-1].address=127.0.0.1:1", "is no key"),
         ("listeners[].address=127.0.0.1:1", "is no key"),
         ("listeners[0.address=127.0.0.1:1", "is no key"),
@@ -838,7 +838,7 @@ fn flag_sets_a_key_of_an_item_in_a_list_of_tables() {
     }
 }
 
-const LIST_OF_TABLES: &str = "lists of tables can be set in the file, and their items by flags";
+const LIST_OF_TABLES: &str = "set a list of tables in the file, or keys of its items by flags";
 
 #[test]
 fn invalid_variable_or_flag_is_rejected_by_name() {
@@ -948,7 +948,7 @@ fn check_finds_start_failures_and_creates_nothing() {
         "more than one line",
     ));
     for (file, reason) in
-        [("colon", "holds a colon"), ("two_lines", "more than one line"), ("nul", "a control")]
+        [("colon", "contains a colon"), ("two_lines", "more than one line"), ("nul", "a control")]
     {
         cases.push(("upstream.proxy_user_file", set("proxy_user_file", "proxy_user", file), reason));
         if file != "colon" {

@@ -228,11 +228,11 @@ fn possibly_rounded_id_must_be_a_string() {
             |code: &'static str, detail: &str| vec![("/qualityTaskId".to_owned(), code, detail.to_owned())];
         let may_be_rounded = id(
             "number_may_be_rounded",
-            "an id above 2^53 may have lost digits in a client that holds numbers as doubles: send it as a string",
+            "an id above 2^53 may have lost digits in a client that stores numbers as doubles: send it as a string",
         );
         let must_be_string = id(
             "number_must_be_string",
-            "must be a string: the gateway takes no id of this caller as a number",
+            "must be a string: the gateway accepts no numbers as ids from this caller",
         );
         for rounded in [ROUNDED, "9007199254740992", "1611917095665262000", "18446744073709550"] {
             assert_eq!(refused(BareIds::Detect, rounded), may_be_rounded, "{rounded}");
@@ -297,7 +297,7 @@ fn refuse_rounded_applies_if_every_matching_alternative_sets_it() {
 #[test]
 fn invalid_json_is_reported_before_any_violation() {
     let fault = not_json(appoint(&(with(r#""setCountsType":1"#, r#""setCountsType":2"#) + "x")));
-    assert_eq!(fault.reason, "expected the end: a JSON text is one value");
+    assert_eq!(fault.reason, "expected the end of the text: a JSON text is one value");
     not_json(appoint(&with(r#""count":2"#, r#""unknown":{"a":1,"\u0061":2}"#)));
     for end in 0..GOOD.len() {
         not_json(appoint(&GOOD[..end]));

@@ -303,7 +303,7 @@ fn proxy_challenge_is_reported_with_the_required_action() {
     for (challenge, password, told) in [
         (basic, None, "name the files of a user and a password in [upstream] proxy_user_file"),
         ("", None, "name the files of a user and a password in [upstream] proxy_user_file"),
-        (basic, Some("wrong-password"), "put those that it takes into these files"),
+        (basic, Some("wrong-password"), "put those that it accepts into these files"),
         (ntlm, None, "but not by Basic"),
         (ntlm, Some("wrong-password"), "but not by Basic"),
         (ntlm, Some(PROXY_PASSWORD), ""), // the control
@@ -436,7 +436,7 @@ fn unanswered_proxy_password_is_held_back_after_two_attempts() {
     }
     assert_eq!(proxy.tries(), 2);
     let told = last_error(&gateway);
-    assert!(told.contains("without an answer twice in a row"), "{told}");
+    assert!(told.contains("twice in a row the proxy did not answer"), "{told}");
     succeeds_with_the_right_password(&gateway);
 }
 
@@ -683,7 +683,7 @@ fn world_writable_roots_are_not_reloaded() {
     fs::write(&path, &other).unwrap();
     assert_eq!(change(&gateway, 1), "refused");
     let told =
-        "every user can change it (mode 0646), so that anybody could say who gets the credential: chmod o-w ";
+        "every user can change it (mode 0646), so everyone could decide who gets the credential: chmod o-w ";
     wait_for(told, || gateway.log().contains(told).then_some(()));
     assert_eq!(gateway.call().outcome(), "succeeded", "the old ones stay in use");
     assert_eq!(sandbox.connections().accepted, accepted, "so does the connection");

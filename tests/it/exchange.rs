@@ -379,7 +379,7 @@ fn logged_names_of_the_token_endpoint_are_cut_and_hold_no_secret() {
         let gateway = start_with(&plain, setup.set("upstream.ca_file", ca_file.display()));
         let line = wait_for("the warning", || {
             let log = gateway.log();
-            log.lines().find(|line| line.contains("\"no token\"")).map(str::to_owned)
+            log.lines().find(|line| line.contains("\"token fetch failed\"")).map(str::to_owned)
         });
         assert!(line.contains(is_there) && !line.contains(is_not_there), "{case}: {line}");
         assert!(line.len() < 600, "{case}: {line}");

@@ -23,8 +23,8 @@ use crate::{
 
 /// What is read again while the gateway serves, with what tells of each: a line of the log, or of which file.
 const WATCHED: [(&str, &str); 9] = [
-    ("gateway.toml", "the configuration is not taken"),
-    ("contract.json", "the configuration is not taken"),
+    ("gateway.toml", "the configuration is rejected"),
+    ("contract.json", "the configuration is rejected"),
     ("app_key", "the secret cannot be used"),
     ("app_secret", "the secret cannot be used"),
     ("server.pem", "\"whose\":\"listener\""),
@@ -163,7 +163,7 @@ fn dead_mount_blocks_neither_calls_nor_tokens_nor_the_stop() {
     // One of each thread that reads.
     for file in ["gateway.toml", "contract.json", "app_secret", "server.key", "client."] {
         let line = match file {
-            "gateway.toml" | "contract.json" => "the configuration is not taken",
+            "gateway.toml" | "contract.json" => "the configuration is rejected",
             "app_secret" => "the secret cannot be used",
             _ => "the certificates cannot be used",
         };
@@ -253,7 +253,7 @@ fn file_watch_detects_a_pipe_in_place_of_configuration_or_contract() {
         put(&folder, name, "pipe");
         let is_told = || {
             let log = gateway.log();
-            let mut lines = log.lines().filter(|line| line.contains("the configuration is not taken"));
+            let mut lines = log.lines().filter(|line| line.contains("the configuration is rejected"));
             lines.any(|line| line.contains(name) && line.contains("is not a regular file")).then_some(())
         };
         wait_for(&format!("a word of {name}"), is_told);

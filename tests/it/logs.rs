@@ -346,12 +346,12 @@ fn unknown_outcomes_are_logged_even_with_a_full_log_queue() {
     assert_eq!(unknown.outcome(), "unknown");
     let id = &unknown.headers["x-gateway-request-id"];
     let dropped = gateway.dropped();
-    let lines = read_on(&mut gateway, "log lines are missing");
+    let lines = read_on(&mut gateway, "log lines were dropped");
     let said =
         |text: &str| lines.iter().find(|line| line["fields"]["message"].as_str().unwrap().contains(text));
     let warning = said("the outcome of a call is unknown").expect("the warning");
     assert_eq!((&warning["level"], &warning["fields"]["id"]), (&json!("WARN"), &json!(id)));
     assert!(said("listening (admin)").is_some(), "the oldest lines are there");
-    let counted = said("log lines are missing").unwrap()["fields"]["lines"].as_u64().unwrap();
+    let counted = said("log lines were dropped").unwrap()["fields"]["lines"].as_u64().unwrap();
     assert!(counted >= dropped, "{counted} {dropped}");
 }

@@ -113,7 +113,7 @@ fn drain_rejects_late_requests_and_ignores_incomplete_ones() {
     });
     let stop = Instant::now();
     gateway.signal("-TERM");
-    wait_for("the stop", || gateway.log().contains("stopping").then_some(()));
+    wait_for("the stop", || gateway.log().contains("shutdown started").then_some(()));
     begun.write_all(&request.as_bytes()[30..]).unwrap();
     let reply = read_reply(&mut begun);
     assert_eq!((reply.status, reply.code(), reply.outcome()), (503, "draining", "not_sent"));

@@ -211,11 +211,11 @@ fn every_world_writable_configured_file_is_reported() {
         set_mode(&path, before.mode() | 0o002);
         // Of those that are refused: what anybody could do, or that no record could be believed.
         let harm = match setting {
-            "upstream.ca_file" => Some("so that anybody could say who gets the credential"),
+            "upstream.ca_file" => Some("so everyone could decide who gets the credential"),
             "listeners[1].tls.client_ca_file" | "listeners[1].tls.client_crl_file" => {
-                Some("so that anybody could say who may call")
+                Some("so everyone could decide who may call")
             }
-            "audit.key_file" => Some("so that no record could be believed"),
+            "audit.key_file" => Some("so no record could be trusted"),
             _ => None,
         };
         if let Some(harm) = harm {
@@ -293,7 +293,7 @@ fn world_writable_parent_or_link_folder_is_reported() {
         set_mode(&at(name), mode);
         let told = notices(&config);
         assert!(
-            told.len() == 1 && told[0].starts_with("credentials[0].app_key_file: every user can put"),
+            told.len() == 1 && told[0].starts_with("credentials[0].app_key_file: every user can replace"),
             "{name}: {told:?}"
         );
         assert!(

@@ -26,7 +26,7 @@ fn start_quoted(sandbox: &Sandbox, set: &[(&'static str, &str)]) -> (Gateway, [S
     let set: Vec<_> =
         set.iter().chain(&[("log.level", "debug")]).map(|(key, value)| (*key, (*value).to_owned())).collect();
     let gateway = serve_with(&folder, &[], &set, &[]);
-    wait_for("the keys", || gateway.log().contains("Idempotency-Keys of the window are known").then_some(()));
+    wait_for("the keys", || gateway.log().contains("Idempotency-Keys of the window were read").then_some(()));
     assert_eq!(gateway.call().outcome(), "succeeded");
     let token = sandbox.token_calls().last().unwrap().issued.clone().unwrap();
     assert!(token.len() >= 16, "{token}");

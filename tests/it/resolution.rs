@@ -215,7 +215,7 @@ fn resolution_that_contradicts_the_known_outcome_is_rejected() {
     let audit = gateway.audit_directory();
     for (id, result, more, code, text) in [
         (&*succeeded, "done", &[][..], 1, "the outcome of this call is known: succeeded"),
-        (&*at_work, "done", &[], 1, "at work"),
+        (&*at_work, "done", &[], 1, "in progress"),
         (nobody, "done", &[], 1, "the trail has no call"),
         (&*first, "not-done", &[], 0, "resolved as not-done (record"),
         (&*first, "not-done", &[], 0, "was resolved as not-done before, by Ann"),

@@ -97,7 +97,7 @@ fn requests_in_flight_finish_before_the_next_process_takes_over() {
         let slow = scope.spawn(|| gateway.call());
         wait_for("the slow one", || (sandbox.requests().len() == 1).then_some(()));
         gateway.signal("-TERM");
-        wait_for("the stop", || gateway.log().contains("stopping").then_some(()));
+        wait_for("the stop", || gateway.log().contains("shutdown started").then_some(()));
         let waits = scope.spawn(|| gateway.call());
         assert_eq!(slow.join().unwrap().outcome(), "succeeded");
         wait_for("the end", || gateway.has_ended().then_some(()));
@@ -132,7 +132,7 @@ fn drain_grace_serves_callers_while_readiness_fails() {
     let keep = head(BODY.len(), "").replace("connection: close\r\n", "");
     gateway.signal("-TERM");
     let begin = Instant::now();
-    wait_for("the stop", || gateway.log().contains("stopping").then_some(()));
+    wait_for("the stop", || gateway.log().contains("shutdown started").then_some(()));
     assert_eq!(gateway.admin("/readyz").status, 503);
     assert_eq!(gateway.admin("/livez").status, 200);
     let reply = gateway.send(&keep, BODY); // returns when the connection is closed

@@ -229,7 +229,7 @@ fn sigterm_ends_a_long_start_and_keeps_the_trail_intact() {
     let mut said = String::new();
     child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
     assert_eq!(status.code(), Some(0), "{said}");
-    assert!(begun.elapsed() < SOON && said.contains("stopped while it started"), "{said}");
+    assert!(begun.elapsed() < SOON && said.contains("stopped during the start"), "{said}");
     fs::remove_file(&hang).unwrap();
     let (is_whole, said) = verify(&audit);
     assert!(is_whole, "{said}");

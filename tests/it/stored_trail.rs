@@ -77,7 +77,7 @@ fn trail_of_a_newer_format_is_rejected() {
         let (code, _, said) = command(&arguments);
         assert_eq!(code, 78, "{arguments:?}: {said}");
         assert!(
-            said.contains("written by a newer version: format 2, this one knows 1"),
+            said.contains("written by a newer version of the gateway: its format is 2, and this version reads formats up to 1"),
             "{arguments:?}: {said}"
         );
     }

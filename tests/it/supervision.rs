@@ -41,7 +41,7 @@ fn end_of_any_part_drains_and_ends_the_process() {
         ("the reload of the configuration", true),
         ("the control socket", true),
         ("the watchdog", true),
-        ("the look at clock and threads", true),
+        ("the check of clock and threads", true),
         ("the accept loop of worker 0", true),
         ("the sweep of the pool of worker 0", true),
         ("the audit lane of worker 0", true),
@@ -83,14 +83,14 @@ fn end_of_any_part_drains_and_ends_the_process() {
 
 #[test]
 fn hanging_loop_fails_livez_until_it_recovers() {
-    for part in ["worker 1", "the background"] {
+    for part in ["worker 1", "the background runtime"] {
         let sandbox = sandbox();
         let (gateway, file) = start_faulty(&sandbox, 2);
         // Of the background's tasks, one is enough.
         let task = if part == "worker 1" { part } else { "the reload of the configuration" };
         fs::write(&file, format!("hang {task}")).unwrap();
         let red = wait_for("red", || Some(gateway.admin("/livez")).filter(|reply| reply.status != 200));
-        let since = red.body.strip_prefix(&format!("{part} has not turned for "));
+        let since = red.body.strip_prefix(&format!("the event loop of {part} has not run for "));
         let seconds: u64 = since.unwrap().trim_end().trim_end_matches(" s").parse().unwrap();
         assert!(red.status == 503 && seconds >= 10, "{red:?}");
         fs::remove_file(&file).unwrap();
@@ -122,7 +122,7 @@ fn part_that_fails_during_a_stop_is_named_and_fails_the_stop() {
         let sandbox = sandbox();
         let (mut gateway, file) = start_faulty_with_call(&sandbox, 1, 2000);
         gateway.signal("-TERM");
-        wait_for("the stop", || gateway.log().contains("stopping").then_some(()));
+        wait_for("the stop", || gateway.log().contains("shutdown started").then_some(()));
         let stopping = Instant::now();
         fs::write(&file, format!("{fault} {part}")).unwrap();
         assert_eq!(gateway.wait().code(), Some(70), "{fault} {part}: {}", gateway.log());

@@ -266,7 +266,7 @@ fn call_both_while(gateways: &[Gateway], wait: impl FnOnce()) -> usize {
 
 #[test]
 fn gateways_that_contest_tokens_detect_it_and_back_off() {
-    const SAID: &str = "somebody else fetches tokens with the same app key";
+    const SAID: &str = "another client, such as a second gateway, fetches tokens with the same app key";
     let sandbox = sandbox();
     script(&sandbox, Faults { habit: Habit::LastWins, lifetime_ms: Some(30_000), ..Faults::default() });
     let setup = || Setup::default().set("token.wait", "6s");
@@ -419,7 +419,7 @@ fn refuse_some_of_many(habit: Habit, status: u16) {
     assert!(status["credentials"][0]["contested"].is_null(), "{habit:?}: {status}");
     let metrics = gateway.admin("/metrics").body;
     assert!(metrics.contains("ccsqm_gateway_token_contested{credential=\"default\"} 0\n"), "{habit:?}");
-    assert!(!gateway.log().contains("somebody else fetches tokens"), "{habit:?}");
+    assert!(!gateway.log().contains("another client, such as a second gateway"), "{habit:?}");
 }
 
 #[test]
@@ -459,7 +459,7 @@ fn third_status_200_without_a_token_counts_as_a_refusal() {
     for (body, says) in [
         (json!({ "resultCode": "1007", "resultDesc": "wrong secret" }), "; its code is 1007"),
         (json!({ "AccessToken": "", "error_code": long }), "; its code is CODE\\u202e777"),
-        (json!({ "AccessToken": "tökén" }), "its AccessToken is none by RFC 6750"),
+        (json!({ "AccessToken": "tökén" }), "its AccessToken is not valid by RFC 6750"),
         (json!({ "code": format!("no {secret}") }), "quotes the credential"),
     ] {
         let sandbox = sandbox();

@@ -200,7 +200,7 @@ async fn lost_closed_segment_is_recorded_once() {
     };
     assert_eq!(of(&all[0])["found_as"], "moved");
     assert_eq!(of(&all[1])["what"], "a closed segment was moved or deleted");
-    assert_eq!(of(&all[2])["what"], "another file took the place of a closed segment");
+    assert_eq!(of(&all[2])["what"], "a closed segment was replaced by another file");
     assert_eq!(files_lost(&audit), [0, 3]);
     // The control: the check of the next second notices one that is lost later.
     fs::remove_file(&all[3]).unwrap();
@@ -315,7 +315,7 @@ async fn file_at_the_path_of_the_next_segment_is_moved_aside() {
             make(&chain::segment_path(folder.path(), 2));
             intended(&audit).await.sent().finish(&answer());
             let gaps = wait_for_gaps(folder.path(), 1);
-            assert_eq!(gaps[0]["what"], "a file stood in the place of a new segment");
+            assert_eq!(gaps[0]["what"], "a file with the name of a new segment already existed");
             audit.close();
             assert_whole(folder.path());
             assert_eq!(others(folder.path()).len(), 1);
@@ -415,7 +415,7 @@ const SHORTER: [(&str, Damage); 5] = [
     }),
     ("the newest is cut to nothing", |directory| cut(&newest(directory), 0)),
     ("the newest is cut by a byte", |directory| cut(&newest(directory), length(&newest(directory)) - 1)),
-    ("there is no lock file", |directory| fs::remove_file(directory.join(lock::NAME)).unwrap()),
+    ("the lock file is missing", |directory| fs::remove_file(directory.join(lock::NAME)).unwrap()),
 ];
 
 #[tokio::test]
@@ -436,7 +436,7 @@ async fn start_records_damage_if_the_lock_file_names_missing_records() {
             let [found] = audit.damage() else { panic!("{how}: {:?}", audit.damage()) };
             let end = if is_stopped { Lacking::LastRecords } else { Lacking::LastRecordsAfterCrash };
             let expected = match how {
-                "there is no lock file" => Lacking::LockFile,
+                "the lock file is missing" => Lacking::LockFile,
                 "the newest is moved" | "all are deleted" => Lacking::NewestSegment,
                 _ => end,
             };

@@ -51,7 +51,10 @@ impl Writer {
                 if is_in_place {
                     shared.trouble.begins(None, format!("the audit trail cannot be written: {error}"));
                 }
-                tracing::error!(%error, raise, "the audit trail cannot be written; nothing is sent meanwhile");
+                tracing::error!(
+                    %error, raise,
+                    "the audit trail cannot be written; no call is sent until it can"
+                );
             }
             failed = true;
             shared.writable.replace(false);
@@ -164,7 +167,7 @@ impl Writer {
         // A directory that took the place of ours is another trail: it has neither our segments nor our lock.
         self.directory.check()?;
         if let Some(aside) = self.directory.put_aside(&file)? {
-            let (what, aside) = ("a file stood in the place of a new segment", Some(aside));
+            let (what, aside) = ("a file with the name of a new segment already existed", Some(aside));
             let lost = Lost { file: file.clone(), what, is_restored: true, aside, found_as: None };
             self.mishaps.push(Mishap::Lost(lost));
         }

@@ -68,7 +68,7 @@ impl Writer {
             if let Err(error) = listed
                 && was_listed
             {
-                tracing::warn!(%error, "the segments of the audit trail cannot be looked for");
+                tracing::warn!(%error, "the audit directory cannot be searched for lost segments");
             }
             self.look_for_open(shared);
             // The lock file names the last record once a second, so that a start can tell if more than the last
@@ -100,12 +100,12 @@ impl Writer {
             Some(what) => {
                 shared.trouble.begins(None, what.to_owned());
                 let directory = self.directory.path().display().to_string();
-                tracing::error!(%directory, "{what}; nothing is sent until it is back");
+                tracing::error!(%directory, "{what}; no call is sent until it is back in its place");
                 shared.metrics.files_lost(false);
                 shared.event("gap", json!({ "what": what, "directory": directory, "result": "lost" }));
             }
             None => {
-                let what = "directory and lock file are in their place again";
+                let what = "the audit directory and its lock file are in their place again";
                 tracing::info!("{what}");
                 shared.event("recovery", json!({ "what": what }));
             }
@@ -128,7 +128,7 @@ impl Writer {
         }
         for file in lost {
             let what = if names.contains_key(file.as_bytes()) {
-                "another file took the place of a closed segment"
+                "a closed segment was replaced by another file"
             } else {
                 "a closed segment was moved or deleted"
             };
@@ -151,8 +151,11 @@ impl Writer {
         if let Err(error) = rescued
             && was_healthy
         {
-            shared.trouble.begins(None, format!("the open segment is lost and cannot be put back: {error}"));
-            tracing::error!(%error, "the open segment of the audit trail is lost and cannot be put back yet");
+            shared.trouble.begins(None, format!("the open segment is lost and cannot be restored: {error}"));
+            tracing::error!(
+                %error,
+                "the open segment of the audit trail is lost and cannot be restored yet"
+            );
         }
     }
 

@@ -82,7 +82,10 @@ impl Writer {
         {
             let raise = is_limit.then_some(limit::RAISE);
             shared.trouble.begins(None, format!("no space can be reserved: {error}"));
-            tracing::error!(%error, raise, "no space can be reserved for the audit trail; nothing new is sent meanwhile");
+            tracing::error!(
+                %error, raise,
+                "no space can be reserved for the audit trail; no new call is sent until there is space"
+            );
         }
         shared.room.replace(reserved.is_ok());
     }

@@ -39,7 +39,8 @@ impl Pool {
                 // The connector's time-out ends with the TLS handshake. An upstream that accepts the connection and
                 // sends no SETTINGS would delay all requests that wait for this attempt.
                 let opened = timeout(self.wait, self.greet_http2(stream, generation, permit)).await;
-                let late = |_| Reason::new(Cause::Timeout, "the upstream did not greet over HTTP/2 in time");
+                let late =
+                    |_| Reason::new(Cause::Timeout, "the upstream did not send its HTTP/2 settings in time");
                 let connection = Arc::new(opened.map_err(late)??);
                 // Taken before others see the connection, so that it cannot be full. `None` means that the upstream
                 // announced a limit of 0.

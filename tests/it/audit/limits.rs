@@ -364,7 +364,9 @@ fn low_file_size_limit_is_noted_and_a_too_low_one_fails_the_start() {
     let (code, said) = check(66 << 20, default);
     let lower = "or set audit.segment_size to 64512KiB";
     assert!(
-        code == Some(0) && said.contains("Note: a file may have 69206016 bytes") && said.contains(lower),
+        code == Some(0)
+            && said.contains("Note: a file can have at most 69206016 bytes")
+            && said.contains(lower),
         "{said}"
     );
     let (code, said) = check(66 << 20, "audit.segment_size=64512KiB");
@@ -386,14 +388,14 @@ fn low_file_size_limit_is_noted_and_a_too_low_one_fails_the_start() {
     let (code, said) = super::limits::check(&config, 300 << 10, &["--json"]);
     let problem = &serde_json::from_str::<Value>(&said).unwrap()["problems"][0];
     assert!(code == Some(78) && problem["key"].is_null(), "{said}");
-    assert!(text(&problem["reason"]).starts_with("a file may have 307200 bytes"), "{said}");
+    assert!(text(&problem["reason"]).starts_with("a file can have at most 307200 bytes"), "{said}");
 
     let setup = |limit| Setup { through: under(limit), folder: Some(folder.clone()), ..Setup::default() };
     let gateway = start_with(&sandbox, setup(66 << 20));
     wait_for("a warning", || gateway.log().contains(lower).then_some(()));
     drop(gateway);
     let (code, said) = run(300 << 10, &["serve", "--config", config.to_str().unwrap()]);
-    assert!(code == Some(78) && said.matches("a file may have 307200 bytes").count() == 1, "{said}");
+    assert!(code == Some(78) && said.matches("a file can have at most 307200 bytes").count() == 1, "{said}");
     assert!(said.contains("LimitFSIZE=") && !said.contains("audit.directory"), "{said}");
 }
 

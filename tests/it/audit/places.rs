@@ -347,12 +347,18 @@ fn verify_reports_missing_parts_of_the_trail() {
 
     fs::rename(&segment, audit.join("moved")).unwrap();
     let (code, out, _) = run(&["verify"]);
-    assert!(code == 1 && out.contains(".jsonl: the newest segment is missing"), "{out}");
+    assert!(
+        code == 1 && out.contains(".jsonl: the newest segment, which the lock file names, is missing"),
+        "{out}"
+    );
     let json: Value = serde_json::from_str(&run(&["verify", "--json"]).1).unwrap();
     assert_eq!((&json["whole"], &json["missing"][0]["lacks"]), (&json!(false), &json!("newest_segment")));
     for words in ["in-doubt", "head"] {
         let (_, _, error) = run(&[words]);
-        assert!(error.contains("the newest segment is missing"), "{words}: {error}");
+        assert!(
+            error.contains("the newest segment, which the lock file names, is missing"),
+            "{words}: {error}"
+        );
     }
     fs::write(&lock, "").unwrap();
     let (code, out, _) = run(&["verify"]);
@@ -363,13 +369,13 @@ fn verify_reports_missing_parts_of_the_trail() {
     assert_eq!(run(&["verify"]).0, 0, "an older version's lock file says nothing");
     fs::write(&lock, &stated).unwrap();
     let (code, out, _) = run(&["verify"]);
-    assert!(code == 1 && out.contains("as the lock file says"), "{out}");
+    assert!(code == 1 && out.contains("but the lock file says that record"), "{out}");
     fs::write(&lock, &stated[..100]).unwrap();
     let (code, out, _) = run(&["verify"]);
     assert!(code == 0 && out.contains("lock: cannot be read"), "{out}");
     fs::remove_file(&lock).unwrap();
     let (code, out, _) = run(&["verify"]);
-    assert!(code == 1 && out.contains("lock: there is no lock file"), "{out}");
+    assert!(code == 1 && out.contains("lock: the lock file is missing"), "{out}");
 
     fs::write(&segment, text).unwrap();
     fs::write(&lock, stated).unwrap();
@@ -434,12 +440,12 @@ fn start_does_not_create_a_trail_that_must_exist() {
     assert_eq!(run("check", false).0, 78, "without their key segments are of no use, whatever is set");
     fs::remove_file(newest(&audit)).unwrap();
     refused(&format!(
-        "audit.key is missing, and must_exist is set: restore it; for a new trail, `ccsqm-gateway audit init {}`",
+        "audit.key is missing, and must_exist is set: restore it; for a new trail, run `ccsqm-gateway audit init {}`",
         audit.display()
     ));
     assert_eq!(run("check", false).0, 0, "the control");
     fs::remove_dir_all(&audit).unwrap();
-    refused(&format!("`ccsqm-gateway audit init {}` makes it once", audit.display()));
+    refused(&format!("run `ccsqm-gateway audit init {}` once", audit.display()));
     assert!(!audit.exists(), "nothing is made");
 
     assert_eq!(command(&["audit", "init", audit.to_str().unwrap()]).0, 0);

@@ -102,7 +102,7 @@ pub(super) fn draining(key: &str) -> Trial {
         gateway.admin("/metrics").body.contains("ccsqm_gateway_connections 2").then_some(())
     });
     gateway.signal("-TERM");
-    wait_for("the stop", || gateway.log().contains("stopping").then_some(()));
+    wait_for("the stop", || gateway.log().contains("shutdown started").then_some(()));
     let finish = |_: &Gateway| {
         begun.write_all(&request.as_bytes()[30..]).unwrap();
         read_reply(&mut begun)
