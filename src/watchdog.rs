@@ -105,7 +105,9 @@ mod tests {
             for (index, beat) in watchdog.beats.iter().enumerate() {
                 beat.store(if index == late { 0 } else { u64::MAX }, Ordering::Relaxed);
             }
-            assert!(watchdog.late(Duration::ZERO).unwrap().starts_with(name));
+            assert!(
+                watchdog.late(Duration::ZERO).unwrap().starts_with(&format!("the event loop of {name} "))
+            );
         }
     }
 }

@@ -438,7 +438,7 @@ fn changed_secret_is_tried_before_it_replaces_the_old_one() {
         })
     };
     assert_eq!(change(0), "refused");
-    wait_for("its log line", || gateway.log().contains("the old one stays in use").then_some(()));
+    wait_for("its log line", || gateway.log().contains("the old secret stays in use").then_some(()));
     assert_success(&gateway.call()); // the old token serves on
     sandbox.secret("sandbox-app-key", "new-secret");
     fs::write(&secret, "new-secret\n").unwrap();

@@ -53,7 +53,7 @@ fn check(config: &Path, limit: u64, more: &[&str]) -> (Option<i32>, String) {
 
 /// The least limit that a refusal names.
 fn least(said: &str) -> u64 {
-    let number = said.split("needs ").nth(1).and_then(|said| said.split(' ').next());
+    let number = said.split("needs at least ").nth(1).and_then(|said| said.split(':').next());
     number.and_then(|number| number.parse().ok()).unwrap_or_else(|| panic!("{said}"))
 }
 
