@@ -313,7 +313,7 @@ impl Hosts {
         Self(names)
     }
 
-    /// Checks that a `Host` is a name of this listener. Its port does not count.
+    /// Checks that a `Host` is a name of this listener; its port does not count. Fails with [`Denied::Host`] if it is not.
     pub fn check(&self, host: Option<&HeaderValue>) -> Result<(), Denied> {
         let Some(names) = &self.0 else { return Ok(()) };
         if host.is_some_and(|host| names.iter().any(|name| is_plainly(host.as_bytes(), name.as_bytes()))) {

@@ -300,7 +300,8 @@ impl Connector {
         self.tls.as_ref().map_or(0, |tls| tls.trust.generation())
     }
 
-    /// Returns a new connection, verified with the roots that are in use when it is ready. Cancellation safe.
+    /// Returns a new connection, verified with the roots that are in use when it is ready. Cancellation safe. Fails
+    /// with the cause if a step fails or `timeout` has passed.
     pub async fn connect(&self) -> Result<Stream, Reason> {
         self.connect_under().await.map(|(stream, _)| stream)
     }

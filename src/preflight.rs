@@ -29,7 +29,7 @@ use crate::server::tls::{ListenerTlsError, Tls};
 use crate::token::app_key_header;
 use crate::{connect, pem};
 
-/// Loads a configuration and checks every file that it names: see [`Config::load`].
+/// Loads a configuration and checks every file that it names: see [`Config::load`]. Fails with all problems.
 pub fn load(
     path: &Path,
     overrides: &[(String, String)],
@@ -38,7 +38,7 @@ pub fn load(
     Config::load(path, overrides, environment, &Preflight)
 }
 
-/// Loads a configuration within `patience`: see [`Config::load_in_time`].
+/// Loads a configuration within `patience`: see [`Config::load_in_time`]. Fails with all problems.
 pub fn load_in_time(
     path: &Path,
     overrides: &[(String, String)],
@@ -48,7 +48,7 @@ pub fn load_in_time(
     Config::load_in_time(path, overrides, environment, &Preflight, patience)
 }
 
-/// Returns the address of the admin listener: see [`Config::admin_address`].
+/// Returns the address of the admin listener: see [`Config::admin_address`]. Fails if it cannot be read.
 pub fn admin_address(
     path: Option<&Path>,
     environment: impl IntoIterator<Item = (OsString, OsString)>,

@@ -59,7 +59,7 @@ impl Limiter {
         self.take_at(clock::nanos())
     }
 
-    /// Returns what [`Limiter::take`] would, and takes nothing.
+    /// Returns what [`Limiter::take`] would, and takes nothing. Fails if the limit is exceeded.
     pub fn peek(&self) -> Result<(), LimitExceeded> {
         let (now, arrival) = (clock::nanos(), self.arrival.load(Ordering::Relaxed));
         let wait = arrival.saturating_sub(now + self.tolerance.load(Ordering::Relaxed));

@@ -98,7 +98,8 @@ impl Secret {
         Ok(Self(bytes))
     }
 
-    /// Reads a secret from a file or an environment variable. Blocks on the file.
+    /// Reads a secret from a file or an environment variable. Blocks on the file. Fails if it cannot be read, or if its
+    /// contents cannot be a secret (see [`Impossible`]).
     pub fn load(source: &SecretSource) -> Result<Self, UnusableSecret> {
         let (bytes, name) = match source {
             SecretSource::File(path) => {

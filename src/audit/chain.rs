@@ -119,8 +119,8 @@ impl Keys {
         link
     }
 
-    /// Checks a line, without its newline, against the hash of the record before it. Returns the line's own hash, or
-    /// what is wrong, in words for people.
+    /// Checks a line, without its newline, against the hash of the record before it. Returns the line's own hash.
+    /// Fails with a text for people if the line has no hash, or another one.
     pub fn check(&self, line: &[u8], previous: &Hash) -> Result<Hash, &'static str> {
         let (bytes, stated) = split(line).ok_or("the record has no hash")?;
         let hash = self.hash(previous, &[bytes]);

@@ -46,6 +46,8 @@ pub fn accept_loss(directory: &Path, keys: Keys) -> Result<Option<u64>, OpenErro
 
 /// Sets aside the segments whose key is missing, and begins a new trail with a new key, whose first record says
 /// so. Returns the name of the directory to which the segments were moved.
+///
+/// Fails if another process has locked the directory, or if a file cannot be moved or written.
 pub fn accept_lost_key(directory: &Path) -> Result<String, OpenError> {
     let aside = loss::set_aside(directory)?;
     init::init(directory, None)?;

@@ -105,7 +105,7 @@ impl Quota {
         self.limiter.take().map_err(|exceeded| self.exhausted(exceeded))
     }
 
-    /// Returns what [`Quota::take`] would, and takes nothing.
+    /// Returns what [`Quota::take`] would, and takes nothing. Fails if the quota is exceeded.
     pub fn peek(&self) -> Result<(), Exhausted> {
         self.recover(clock::nanos());
         self.limiter.peek().map_err(|exceeded| self.exhausted(exceeded))
