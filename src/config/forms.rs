@@ -271,7 +271,7 @@ impl Form for Workers {
             Ok(NumberOrText::Number(number)) => within(number, 1, 64),
             _ => None,
         };
-        number.ok_or_else(|| Error::custom("must be a whole number from 1 to 64, or `auto`"))
+        number.ok_or_else(|| Error::custom("must be a whole number from 1 to 64, or \"auto\""))
     }
 
     fn write<S: Serializer>(value: &usize, to: S) -> Result<S::Ok, S::Error> {

@@ -199,7 +199,7 @@ fn check_on_a_terminal_shows_the_faulty_line_but_no_secret() {
     let number = line("workers = 0");
     let margin = " ".repeat(number.to_string().len());
     let first = format!(
-        "error: server.workers: must be a whole number from 1 to 64, or `auto`\n{margin}--> {path}:{number}:11\n{margin} |\n\
+        "error: server.workers: must be a whole number from 1 to 64, or \"auto\"\n{margin}--> {path}:{number}:11\n{margin} |\n\
          {number} | workers = 0\n{margin} |           ^\n"
     );
     assert!(code == Some(78) && told.starts_with(&first), "{told}");
@@ -1258,7 +1258,7 @@ fn check_reports_mistakes_as_json() {
     assert!(code == 78 && error.is_empty(), "{error}");
     let found: Value = serde_json::from_str(&out).unwrap();
     let line = text[..text.find("workers = 1").unwrap()].matches('\n').count() + 1;
-    let reason = "must be a whole number from 1 to 64, or `auto`";
+    let reason = "must be a whole number from 1 to 64, or \"auto\"";
     assert_eq!(found["good"], false);
     assert_eq!(
         found["problems"],
