@@ -228,7 +228,7 @@ impl App {
                 tokio::spawn(supervisor.vital("the reload of the configuration").run(reload.run()));
             }
             if let Some(bound) = control {
-                let vital = supervisor.vital("the audit lane of the control socket");
+                let vital = supervisor.vital("the commit waiters of the control socket");
                 let (audit, directory) = (audit.for_worker(vital), config.audit.directory.clone());
                 let control = Arc::new(Resources { audit, directory, idempotency });
                 tokio::spawn(supervisor.vital("the control socket").run(bound.serve(control)));
@@ -333,7 +333,7 @@ impl App {
             state: self.state.clone(),
             pool: Arc::new(pool),
             exchanges: Arc::default(),
-            audit: self.audit.for_worker(of_worker(vitals, worker, "the audit lane")),
+            audit: self.audit.for_worker(of_worker(vitals, worker, "the commit waiters")),
             idempotency: self.idempotency.clone(),
             limits: self.limits.clone(),
             metrics: self.metrics.clone(),

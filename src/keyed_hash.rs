@@ -19,7 +19,7 @@ pub type KeyedFingerprint = [u8; 16];
 pub struct Keys {
     chain: Hmac<Sha256>,
     digest: Hmac<Sha256>,
-    fingerprint: Hmac<Sha256>,
+    fingerprint_key: Hmac<Sha256>,
 }
 
 impl Keys {
@@ -33,8 +33,9 @@ impl Keys {
         }
         let chain = keyed(key);
         let digest = keyed(&hmac(&chain, |mac| mac.update(b"ccsqm-gateway digest of bodies")));
-        let fingerprint = keyed(&hmac(&chain, |mac| mac.update(b"ccsqm-gateway marks")));
-        Some(Self { chain, digest, fingerprint })
+        // The label stays, whatever fingerprints are called: another one would forget all keys of a trail.
+        let fingerprint_key = keyed(&hmac(&chain, |mac| mac.update(b"ccsqm-gateway marks")));
+        Some(Self { chain, digest, fingerprint_key })
     }
 
     /// Returns the keyed digest of a body.
@@ -45,7 +46,7 @@ impl Keys {
     /// Returns the fingerprint of some parts. Each is hashed with its length, so that moving bytes from one
     /// part to the next changes the result.
     pub fn fingerprint(&self, parts: &[&[u8]]) -> KeyedFingerprint {
-        let whole = hmac(&self.fingerprint, |mac| {
+        let whole = hmac(&self.fingerprint_key, |mac| {
             for part in parts {
                 mac.update(&(part.len() as u64).to_be_bytes());
                 mac.update(part);

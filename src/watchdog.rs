@@ -80,7 +80,7 @@ impl Watchdog {
         self.late(HANGS)
     }
 
-    /// The first loop that has not turned for longer than `than`.
+    /// The first loop that has not run for longer than `than`.
     fn late(&self, than: Duration) -> Option<String> {
         let now = clock::nanos();
         self.beats.iter().enumerate().find_map(|(index, beat)| {

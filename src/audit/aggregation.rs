@@ -172,7 +172,7 @@ impl RefusalAggregator {
     pub(super) fn close_gap(&mut self, batch: &mut Batch) {
         let unrecorded = std::mem::take(&mut self.unrecorded);
         if unrecorded > 0 {
-            let what = "refusals were not recorded, since there was not enough memory or disk space";
+            let what = "refusals were not recorded, since the queue was full, or the trail could not be written or had too little space";
             batch.event("gap", json!({ "what": what, "count": unrecorded }));
         }
     }

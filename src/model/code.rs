@@ -198,7 +198,7 @@ impl Code {
     pub const fn title(self) -> &'static str {
         match self {
             Self::Draining => "The gateway is stopping",
-            Self::Overloaded => "The gateway is overloaded",
+            Self::Overloaded => "Too much concurrent work",
             Self::HeadInvalid => "The request's head is not valid",
             Self::HostUnknown => "Unknown host",
             Self::BrowserRefused => "Browsers are refused",

@@ -44,7 +44,7 @@ fn end_of_any_part_drains_and_ends_the_process() {
         ("the check of clock and threads", true),
         ("the accept loop of worker 0", true),
         ("the sweep of the pool of worker 0", true),
-        ("the audit lane of worker 0", true),
+        ("the commit waiters of worker 0", true),
         ("the watchdog of worker 0", true),
     ] {
         let sandbox = sandbox();
@@ -117,7 +117,7 @@ fn part_that_fails_during_a_stop_is_named_and_fails_the_stop() {
     for (part, fault, said) in [
         ("worker 0", "panic", "worker 0 ended: a panic"),
         ("worker 0", "hang", "worker 0 ended: it hangs"),
-        ("the audit lane of worker 0", "panic", "the audit lane of worker 0 ended: a panic"),
+        ("the commit waiters of worker 0", "panic", "the commit waiters of worker 0 ended: a panic"),
     ] {
         let sandbox = sandbox();
         let (mut gateway, file) = start_faulty_with_call(&sandbox, 1, 2000);
